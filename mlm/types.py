@@ -1,0 +1,52 @@
+"""The axis legend and the array aliases that every signature uses.
+
+Axis letters never change meaning between files:
+
+    B batch rows        T target length     S source length    Q query block of a decoding step
+    D model width       H query heads       J key/value heads  K head size
+    F feed-forward      V vocabulary        L languages        R decoding rows (batch x beams)
+    E experts           C expert capacity   G routing groups   N tokens of a group
+
+A batch is a plain dict of arrays. Text-to-text batches hold the features of `ROW_FEATURES`:
+packed or not, a token belongs to the example whose number stands in `*_segment_ids` (1, 2, …; 0 is padding),
+its place inside that example is `*_positions`, and its language and task are `*_language_ids` and `decoder_task_ids`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int
+
+Tokens = Int[Array, "B T"]
+SourceTokens = Int[Array, "B S"]
+Segments = Int[Array, "B T"]  # 1, 2, …: the example a token belongs to; 0: padding
+Weights = Float[Array, "B T"]  # 1: counts in the loss, 0: does not
+Hidden = Float[Array, "B T D"]
+SourceHidden = Float[Array, "B S D"]
+Logits = Float[Array, "B T V"]
+Queries = Float[Array, "B T H K"]
+Keys = Float[Array, "B S J K"]
+Mask = Bool[Array, "#B #H T S"]  # True: the query may look at the key
+Bias = Float[Array, "#B H T S"]  # added to attention logits, in nats
+
+Batch = Mapping[str, Array]
+PyTree = Any
+Params = dict[str, Any]  # nested dict of arrays
+Axes = tuple[str | None, ...]  # logical axis names of one array, e.g. ("embed", "mlp")
+Constrain = Callable[[Array, Axes], Array]  # pins an activation to the mesh by its logical axes
+
+ENCODER_FEATURES = ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions", "encoder_language_ids")
+DECODER_FEATURES = (
+    "decoder_input_tokens",
+    "decoder_target_tokens",
+    "decoder_loss_weights",
+    "decoder_segment_ids",
+    "decoder_positions",
+    "decoder_language_ids",
+    "decoder_task_ids",
+)
+ROW_FEATURES = ENCODER_FEATURES + DECODER_FEATURES
+
+PAD_ID = 0  # also the decoder's first input, as in T5
+EOS_ID = 1
+UNK_ID = 2
