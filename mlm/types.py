@@ -3,7 +3,7 @@
 Axis letters never change meaning between files:
 
     B batch rows        T target length     S source length    Q query block of a decoding step
-    D model width       H query heads       J key/value heads  K head size
+    D model width       H heads             K head size        M cache slots
     F feed-forward      V vocabulary        L languages        R decoding rows (batch x beams)
     E experts           C expert capacity   G routing groups   N tokens of a group
 
@@ -15,7 +15,7 @@ its place inside that example is `*_positions`, and its language and task are `*
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 Tokens = Int[Array, "B T"]
 SourceTokens = Int[Array, "B S"]
@@ -24,10 +24,6 @@ Weights = Float[Array, "B T"]  # 1: counts in the loss, 0: does not
 Hidden = Float[Array, "B T D"]
 SourceHidden = Float[Array, "B S D"]
 Logits = Float[Array, "B T V"]
-Queries = Float[Array, "B T H K"]
-Keys = Float[Array, "B S J K"]
-Mask = Bool[Array, "#B #H T S"]  # True: the query may look at the key
-Bias = Float[Array, "#B H T S"]  # added to attention logits, in nats
 
 Batch = Mapping[str, Array]
 PyTree = Any
