@@ -1,0 +1,1 @@
+"""Text out: one jitted loop for every search, and exact scores of given targets."""

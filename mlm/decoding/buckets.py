@@ -1,0 +1,62 @@
+"""Few array shapes for many inputs: every new shape costs a compilation, every rounding costs padding."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import NamedSharding
+
+from mlm.types import EOS_ID, PAD_ID
+
+
+def bucket(size: int, smallest: int = 8) -> int:
+    """The next of smallest·{1, 1.5, 2, 3, 4, 6, 8, …}: at most a third of it is padding.
+
+    >>> [bucket(n) for n in (1, 9, 13, 25, 100)]
+    [8, 12, 16, 32, 128]
+    """
+    power = smallest
+    while size > power:
+        power *= 2
+    middle = power * 3 // 4
+    return middle if power > smallest and size <= middle and power % 4 == 0 else power
+
+
+def pad(sequences: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:
+    """int32 [rows, width]: one sequence per row, then PAD; a row that only fills up holds a lone EOS."""
+    padded = np.full((rows, width), PAD_ID, np.int32)
+    padded[len(sequences) :, 0] = EOS_ID
+    for row, sequence in zip(padded, sequences, strict=False):
+        row[: len(sequence)] = sequence
+    return padded
+
+
+def fill(values: Sequence[int], rows: int, default: int) -> np.ndarray:
+    """int32 [rows]: the values, then `default`."""
+    return np.concatenate([np.asarray(values, np.int32), np.full(rows - len(values), default, np.int32)])
+
+
+def shards(rows: NamedSharding | None) -> int:
+    """Pieces into which a sharding cuts the first axis of an array; the number of rows must be a multiple of it."""
+    names = rows.spec[0] if rows is not None and rows.spec else None
+    names = names if isinstance(names, tuple) else () if names is None else (names,)
+    return math.prod(rows.mesh.shape[name] for name in names)
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
+    """Indices in groups of at most `batch_size`, similar lengths together, longest first (so memory fails at once)."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def check_tokens(kind: str, sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises ValueError for an empty sequence and for ids that the model has no row for."""
+    for index, sequence in enumerate(sequences):
+        if not len(sequence):
+            raise ValueError(f"{kind} {index} is empty; it needs at least one token (EOS)")
+        low, high = min(sequence), max(sequence)
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"{kind} {index} holds token {low if low < 0 else high}, outside the model's vocabulary of "
+                f"{vocab_size}; was it made with another vocabulary?"
+            )

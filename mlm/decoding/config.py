@@ -1,0 +1,106 @@
+"""How to decode, as one frozen record that refuses nonsense and turns itself into a selector and processors."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mlm.decoding.beam import Beam
+from mlm.decoding.processors import PROCESSORS
+from mlm.decoding.selectors import Greedy, Sample
+from mlm.decoding.state import Processor, Selector
+from mlm.registry import Registry
+
+
+class Method(NamedTuple):
+    """One way to choose tokens: its selector and the options of `DecodeConfig` that mean something to it."""
+
+    selector: Callable[["DecodeConfig"], Selector]
+    options: tuple[str, ...]
+    summary: str
+
+
+METHODS: Registry[Method] = Registry(
+    "decoding method",
+    greedy=Method(lambda c: Greedy(), (), "the most probable token at every step"),
+    sample=Method(
+        lambda c: Sample(c.n_best, c.seed),
+        ("n_best", "seed", "temperature", "top_k", "top_p", "min_p"),
+        "draws from the model's distribution, reshaped by temperature and truncations",
+    ),
+    beam=Method(
+        lambda c: Beam(c.beams, c.alpha, c.n_best),
+        ("n_best", "beams", "alpha"),
+        "beam search with the GNMT brevity penalty (Wu et al. 2016)",
+    ),
+)
+_ALWAYS = ("method", "max_length", "min_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Everything a decode depends on besides the parameters and the inputs. Lengths: tokens, prompt and EOS included.
+
+    An option that the method would ignore must keep its default, so that no result is reported under a setting it
+    never had.
+    """
+
+    method: str = "greedy"
+    max_length: int = 128
+    min_length: int = 0  # EOS is not chosen before it would be this token
+    n_best: int = 1  # results per example; sample: that many draws, beam: at most `beams`
+    beams: int = 4
+    alpha: float = 0.6  # beam: exponent of the brevity penalty; 0 ranks by plain log-probability
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    seed: int = 0
+
+    def __post_init__(self):
+        allowed = (*_ALWAYS, *METHODS[self.method].options)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in allowed and value != field.default:
+                users = [name for name, method in METHODS.items() if field.name in method.options]
+                raise ValueError(
+                    f"{field.name}={value!r} means nothing to method={self.method!r}; leave it at {field.default!r} "
+                    f"or choose one of {users}"
+                )
+        for name, rule, holds in _RULES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+                raise ValueError(f"{name}={value!r} must be {rule}")
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length={self.min_length} exceeds max_length={self.max_length}")
+        if self.method == "beam" and self.n_best > self.beams:
+            raise ValueError(f"n_best={self.n_best} exceeds beams={self.beams}, all that a beam search keeps")
+
+    def selector(self) -> Selector:
+        """The method's selector. `selector().group` decoding rows serve one example."""
+        return METHODS[self.method].selector(self)
+
+    def processors(self) -> tuple[Processor, ...]:
+        """The processors that are switched on, in the order of `PROCESSORS`."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return tuple(
+            make(getattr(self, name)) for name, make in PROCESSORS.items() if getattr(self, name) != defaults[name]
+        )
+
+
+def _integer(low: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and value >= low
+
+
+_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("max_length", "an integer of at least 1", _integer(1)),
+    ("min_length", "an integer of at least 0", _integer(0)),
+    ("n_best", "an integer of at least 1", _integer(1)),
+    ("beams", "an integer of at least 1", _integer(1)),
+    ("alpha", "at least 0 (a negative one would make the early stop wrong)", lambda v: v >= 0),
+    ("temperature", "above 0 (for the most probable token use method='greedy')", lambda v: v > 0),
+    ("top_k", "an integer of at least 0 (0: off)", _integer(0)),
+    ("top_p", "in (0, 1] (1: off)", lambda v: 0 < v <= 1),
+    ("min_p", "in [0, 1] (0: off)", lambda v: 0 <= v <= 1),
+    ("seed", "an integer of at least 0", _integer(0)),
+)

@@ -1,0 +1,121 @@
+"""Sources in, decoded tokens out: batches, pads to few shapes, compiles once per shape, returns host arrays."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from mlm.decoding.buckets import batches, bucket, check_tokens, fill, pad, shards
+from mlm.decoding.config import DecodeConfig
+from mlm.decoding.loop import decode
+from mlm.decoding.state import NEG_INF, Decoded
+from mlm.models.transformer import Transformer
+from mlm.types import Params, PyTree
+
+
+class Generator:
+    """Decodes token sequences with one model and one config; keep it, so that what it compiled is reused.
+
+    rows: sharding of an array's first axis over the mesh, e.g. NamedSharding(mesh, P("data")); parameters stay where
+    their own shardings put them. batch_size: examples per device call at most.
+    """
+
+    def __init__(
+        self, model: Transformer, config: DecodeConfig, *, rows: NamedSharding | None = None, batch_size: int = 64
+    ):
+        self.model, self.config = model, config
+        self.compilations = 0  # shapes seen so far; each costs seconds once
+        self._rows = rows
+        self._shards = shards(rows)
+        self._batch_size = -(-batch_size // self._shards) * self._shards
+        self._run = jax.jit(self._decode)
+
+    def __call__(
+        self,
+        params: Params,
+        sources: Sequence[Sequence[int]],
+        *,
+        prompts: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> Decoded:
+        """Results in the order of `sources`, as NumPy arrays; see `Decoded`, and `decode` for the options.
+
+        `passes` sums over batches. Raises ValueError for an empty source, a token outside the vocabulary, or a prompt
+        that leaves no room below its limit.
+        """
+        count, width = len(sources), self.config.max_length
+        check_tokens("source", sources, self.model.config.vocab_size)
+        limits = np.full(count, width) if limits is None else np.minimum(limits, width)
+        ids = np.arange(count) if ids is None else np.asarray(ids)
+        for name, given in (("prompts", prompts), ("limits", limits), ("ids", ids)):
+            if given is not None and len(given) != count:
+                raise ValueError(f"{len(given)} {name} for {count} sources: give one per source")
+        lengths = [0] * count if prompts is None else [len(p) for p in prompts]
+        for index, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
+            if length >= limit:
+                raise ValueError(
+                    f"source {index}: a prompt of {length} tokens leaves no room under the limit of {limit} tokens; "
+                    "shorten it or raise max_length or its limit"
+                )
+        if prompts is not None:
+            check_tokens("prompt", [p for p in prompts if len(p)], self.model.config.vocab_size)
+
+        best = self.config.n_best
+        tokens = np.zeros((count, best, width), np.int32)
+        scores = np.full((count, best), NEG_INF, np.float32)
+        found = np.zeros((count, best), np.int32)
+        passes = 0
+        for chosen in batches([len(s) for s in sources], self._batch_size):
+            out = self._batch(params, chosen, sources, prompts, limits, ids)
+            tokens[chosen], scores[chosen], found[chosen] = (x[: len(chosen)] for x in out[:3])
+            passes += int(out.passes)
+        return Decoded(tokens, scores, found, np.asarray(passes))
+
+    def _batch(self, params, chosen, sources, prompts, limits, ids) -> Decoded:
+        rows = min(bucket(-(-len(chosen) // self._shards), 1) * self._shards, self._batch_size)
+        picked = [sources[i] for i in chosen]
+        inputs = {
+            "sources": pad(picked, rows, bucket(max(map(len, picked)))),
+            "source_lengths": fill([len(s) for s in picked], rows, 1),
+            "limits": fill(limits[chosen], rows, 0),
+            "ids": fill(ids[chosen], rows, 0),
+        }
+        if prompts is not None and any(len(prompts[i]) for i in chosen):
+            given = [prompts[i] for i in chosen]
+            longest = min(bucket(max(map(len, given)), 1), self.config.max_length)
+            inputs["prompts"] = pad(given, rows, longest)
+            inputs["prompt_lengths"] = fill([len(p) for p in given], rows, 0)
+        return jax.device_get(self._run(params, jax.device_put(inputs, self._rows)))
+
+    def _decode(self, params: Params, inputs: dict[str, Array]) -> Decoded:
+        self.compilations += 1  # runs while tracing only
+        sources = inputs["sources"]
+        real = jnp.arange(sources.shape[1])[None] < inputs["source_lengths"][:, None]
+        encoded = self.model.encode(params, sources, real.astype(jnp.int32))
+        rows = sources.shape[0] * self.config.selector().group
+        cache = self.model.init_cache(params, encoded, real, rows, self.config.max_length)
+        return decode(
+            lambda tokens, cache: self.model.step(params, tokens, cache),
+            self._shard(cache),
+            self.config,
+            ids=inputs["ids"],
+            limits=inputs["limits"],
+            prompts=inputs.get("prompts"),
+            prompt_lengths=inputs.get("prompt_lengths"),
+        )
+
+    def _shard(self, cache: PyTree) -> PyTree:
+        """Fresh cache slots know no mesh yet; without this every device would hold all rows."""
+        if self._rows is None:
+            return cache
+        free = PartitionSpec.UNCONSTRAINED
+
+        def place(x: Array) -> Array:
+            spec = PartitionSpec(*self._rows.spec[:1], *(free,) * (x.ndim - 1))
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self._rows.mesh, spec))
+
+        return jax.tree.map(place, cache)

@@ -1,0 +1,63 @@
+"""Selectors that look at one row at a time: greedy and sampling. Beam search has a file of its own."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mlm.decoding.state import Choice, Decoded, State, token_log_prob
+from mlm.types import EOS_ID
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The most probable token; the lowest id when several tie."""
+
+    group: int = 1
+
+    def init(self, ids: Int[Array, "B"], max_length: int):
+        return jnp.zeros(ids.shape, jnp.float32), ()
+
+    def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
+        return _extend(state, logits, jnp.argmax(processed, axis=-1).astype(jnp.int32))
+
+    def finish(self, state: State) -> Decoded:
+        return _by_score(state, self.group)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draws from softmax(processed logits), `group` times per example, independently.
+
+    The noise of sample g of example i at position t comes from fold_in(fold_in(fold_in(seed, i), g), t) alone: neither
+    the neighbours in the batch nor the number of devices nor `group` can change a draw. Gumbel-max, so no sum over the
+    vocabulary is needed.
+    """
+
+    group: int = 1
+    seed: int = 0
+
+    def init(self, ids: Int[Array, "B"], max_length: int):
+        examples = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), ids)
+        rows = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(examples, jnp.arange(self.group))
+        return jnp.zeros(ids.size * self.group, jnp.float32), rows.reshape(-1)
+
+    def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
+        keys = jax.vmap(jax.random.fold_in)(state.search, state.length)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, processed.shape[1:]))(keys)
+        return _extend(state, logits, jnp.argmax(processed + noise, axis=-1).astype(jnp.int32))
+
+    def finish(self, state: State) -> Decoded:
+        return _by_score(state, self.group)
+
+
+def _extend(state: State, logits: Array, token: Array) -> Choice:
+    return Choice(token, state.log_prob + token_log_prob(logits, token), token == EOS_ID, state.search)
+
+
+def _by_score(state: State, group: int) -> Decoded:
+    """Groups the rows by example, best total log-probability first."""
+    scores, order = jax.lax.top_k(state.log_prob.reshape(-1, group), group)
+    rows = jnp.arange(order.shape[0])[:, None] * group + order
+    return Decoded(state.tokens[rows], scores, state.length[rows], state.passes)

@@ -1,0 +1,78 @@
+"""What the decoding loop carries, and what it exchanges with a selector.
+
+A decoding row is one hypothesis in the making; an example owns a group of G adjacent rows (beams, or samples), R = BG.
+
+Pending token: the cache holds keys and values of the first decoder input and of every emitted token except the newest.
+The newest one is `pending`; each pass begins by feeding it, so a block of guesses may follow it in the same pass and be
+rolled back by not counting it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mlm.types import PyTree
+
+NEG_INF = -1.0e7  # nats; finite, so that sums of forbidden choices never become NaN
+DEAD = NEG_INF / 2  # a score below this belongs to a forbidden choice or to an empty place
+
+
+class State(NamedTuple):
+    """The carry of the loop."""
+
+    tokens: Int[Array, "R T"]  # prompt, then what was emitted; 0 beyond `length`
+    length: Int[Array, "R"]  # tokens so far, prompt and EOS included
+    pending: Int[Array, "R"]  # the newest token: emitted, not yet in the cache
+    log_prob: Float[Array, "R"]  # nats, model's own, emitted tokens only
+    limit: Int[Array, "R"]  # the length at which a row stops
+    done: Bool[Array, "R"]
+    passes: Int[Array, ""]  # decoder passes made by the loop
+    cache: PyTree
+    search: PyTree  # the selector's own
+
+
+class Choice(NamedTuple):
+    """One selector's decision for every row; the loop ignores it where a row is done."""
+
+    token: Int[Array, "R"]
+    log_prob: Float[Array, "R"]  # of the row's emitted tokens, this one included
+    ended: Bool[Array, "R"]
+    search: PyTree
+    parent: Int[Array, "B G"] | None = None  # member of the group each row continues; None: itself
+
+
+class Decoded(NamedTuple):
+    """Results per example, best first. A place that no hypothesis filled has length 0 and score NEG_INF."""
+
+    tokens: Int[Array, "B n T"]  # prompt and EOS included; 0 beyond the length
+    scores: Float[Array, "B n"]  # nats; for beam search divided by the brevity penalty
+    lengths: Int[Array, "B n"]  # tokens
+    passes: Int[Array, ""]  # decoder passes made by the loop, the prompt's not counted
+
+
+class Selector(Protocol):
+    """Chooses the next token of every row from logits. Hashable, so that compiled functions are reused."""
+
+    group: int  # rows per example
+
+    def init(self, ids: Int[Array, "B"], max_length: int) -> tuple[Float[Array, "R"], PyTree]:
+        """Log-probability each row starts from, and the selector's own state."""
+
+    def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
+        """`logits` are the model's, for scores; `processed` are what the choice is made from."""
+
+    def finish(self, state: State) -> Decoded: ...
+
+
+Processor = Callable[[Float[Array, "R V"], State], Float[Array, "R V"]]
+# (tokens [R,Q], cache) -> (logits [R,Q,V], hidden [R,Q,D], cache with Q more slots written and `length` as it was)
+Step = Callable[[Int[Array, "R Q"], PyTree], tuple[Array, Array, PyTree]]
+
+
+def token_log_prob(logits: Float[Array, "R V"], token: Int[Array, "R"]) -> Float[Array, "R"]:
+    """log softmax(logits)[token], in nats, without the [R, V] table of the others."""
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
