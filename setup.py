@@ -10,6 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "mlm/__init__.py").read_t
 
 REQUIRES = [
     "absl-py>=2.1,<3",
+    "etils[epath]>=1.9.1,<2",
     "flax>=0.12.8,<0.13",
     "gin-config>=0.5,<0.6",
     "jax>=0.10,<0.12",
