@@ -58,14 +58,14 @@ PACKAGES = {
     "tensorflow_datasets": ({"data"}, set()),
     "seqio": ({"data"}, set()),
     "sentencepiece": ({"data"}, set()),
-    "tensorboardX": ({"training"}, {"training"}),
+    "tensorboardX": ({"training"}, set()),
     "sacrebleu": (set(), {"evaluation"}),
     "scipy": (set(), {"evaluation"}),
     "sklearn": (set(), {"evaluation"}),
     "matplotlib": (set(), {"evaluation", "cli"}),
-    "gin": ({"cli"}, {"cli"}),
-    "absl": ({"cli"}, {"cli"}),
-    "rich": ({"cli"}, {"cli"}),
+    "gin": ({"cli"}, set()),
+    "absl": ({"cli", "checkpoints"}, set()),  # its logging carries what Orbax says
+    "rich": ({"cli"}, set()),
 }
 MAX_LINES = 600
 
