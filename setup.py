@@ -75,7 +75,12 @@ setup(
     # gin/ stays at the top of the checkout, where users look for it; in the wheel it is mlm/gin/ (see mlm/shipped.py).
     packages=[*find_packages(include=["mlm", "mlm.*", "tasks", "tasks.*"]), "mlm.gin"],
     package_dir={"mlm.gin": "gin"},
-    package_data={"mlm.gin": ["**/*.gin", "*.md"], "mlm": ["**/*.tsv", "**/*.tsv.gz"], "tasks": ["**/*"]},
+    package_data={
+        "mlm.gin": ["**/*.gin", "*.md"],
+        "mlm": ["**/*.tsv", "**/*.gz", "**/*.md", "**/*.model"],
+        "tasks": ["**/*"],
+    },
+    exclude_package_data={"": ["*.pyc"]},
     include_package_data=False,
     zip_safe=False,
 )
