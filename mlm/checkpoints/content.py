@@ -86,7 +86,7 @@ def _weighted_sum(xp, array):
     for axis, size in enumerate(words.shape):
         stride = math.prod(words.shape[axis + 1 :]) % 2**32
         place = xp.arange(size, dtype=xp.uint32) * xp.uint32(stride)
-        index = index + place.reshape((-1,) + (1,) * (words.ndim - axis - 1))
+        index = index + place.reshape((1,) * axis + (size,) + (1,) * (words.ndim - axis - 1))
     return xp.sum(words * (index * xp.uint32(2) + xp.uint32(1)), dtype=xp.uint32)
 
 

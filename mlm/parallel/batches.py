@@ -33,13 +33,19 @@ def data_layout(mesh: Mesh, process: int | None = None) -> DataLayout:
     process = jax.process_index() if process is None else process
     row_parts = int(np.prod([mesh.shape.get(name, 1) for name in ROW_AXES]))
     rows: dict[int, set[int]] = {}
-    for device, (block, *_) in batch_sharding(mesh).devices_indices_map((row_parts,)).items():
-        rows.setdefault(device.process_index, set()).update(range(*block.indices(row_parts)))
+    for device, index in batch_sharding(mesh).devices_indices_map((row_parts,)).items():
+        rows.setdefault(device.process_index, set()).update(range(*index[0].indices(row_parts)))
+    return layout_of(rows, process)
+
+
+def layout_of(rows: Mapping[int, set[int]], process: int) -> DataLayout:
+    """The block of a process, from the rows that the devices of each process hold. Blocks are in row order."""
     blocks = sorted({tuple(sorted(owned)) for owned in rows.values()})
-    if sum(map(len, blocks)) != row_parts:  # overlapping, unequal sets of rows
+    held = [row for block in blocks for row in block]
+    if len(held) != len(set(held)):
         raise ValueError(
             f"processes hold overlapping row blocks {blocks}: make the tensor axis a divisor or a multiple of the "
-            f"{len(mesh.local_devices)} devices of a process"
+            f"devices of one process"
         )
     return DataLayout(blocks.index(tuple(sorted(rows[process]))), len(blocks))
 

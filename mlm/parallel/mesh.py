@@ -47,11 +47,18 @@ class MeshConfig:
         """The sizes as configured, outermost axis first."""
         return {"replica": self.replica, **{name: getattr(self, name) for name in AXES}}
 
-    def sizes(self, devices: int) -> dict[str, int]:
-        """Axis sizes for that many devices, with -1 filled in.
+    def sizes(self, devices: int, slices: int = 1) -> dict[str, int]:
+        """Axis sizes for that many devices, with -1 filled in. slices: parts of a pod joined by a slow network.
 
-        Raises ValueError with the nearest sizes that fit when their product is not the number of devices.
+        Raises ValueError with the nearest sizes that fit when their product is not the number of devices, or when
+        replica is no multiple of the slices.
         """
+        sizes = self._filled(devices)
+        if sizes["replica"] % slices:
+            raise ValueError(f"the devices span {slices} slices, but replica={sizes['replica']}: use replica={slices}")
+        return sizes
+
+    def _filled(self, devices: int) -> dict[str, int]:
         asked = self.asked()
         rest = [name for name, size in asked.items() if size == -1]
         fixed = math.prod(size for size in asked.values() if size != -1)
@@ -75,10 +82,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises ValueError when the sizes do not fit the devices, or when several slices meet replica=1.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = config.sizes(len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices > 1 and sizes["replica"] % slices:
-        raise ValueError(f"the devices span {slices} slices, but replica={sizes['replica']}: use replica={slices}")
+    sizes = config.sizes(len(devices), slices)
     inner = tuple(sizes[name] for name in AXES)
     if slices > 1:
         per_slice = (sizes["replica"] // slices, *inner)
