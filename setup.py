@@ -19,6 +19,7 @@ REQUIRES = [
     "numpy>=2.0,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "regex>=2024.11",
     "rich>=14,<16",
     "sacrebleu>=2.4,<3",
     # 0.2.3 is generated for protobuf 7 and does not import beside apache-beam, which holds protobuf at 6.
