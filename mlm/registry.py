@@ -21,12 +21,19 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return f"known: {shown or 'none'}"
 
 
+class UnknownName(KeyError):
+    """A name that a registry does not hold; the message suggests the nearest ones."""
+
+    def __str__(self) -> str:  # KeyError would show the quoted repr
+        return str(self.args[0])
+
+
 class Registry(dict[str, T]):
-    """Named choices of one kind. A missing name raises KeyError with the nearest names.
+    """Named choices of one kind. A missing name raises UnknownName with the nearest names.
 
     >>> Registry("optimizer", adafactor=1)["adafctor"]
     Traceback (most recent call last):
-    KeyError: "no optimizer named 'adafctor'; did you mean 'adafactor'?"
+    mlm.registry.UnknownName: no optimizer named 'adafctor'; did you mean 'adafactor'?
     """
 
     def __init__(self, kind: str, **entries: T):
@@ -34,4 +41,4 @@ class Registry(dict[str, T]):
         self.kind = kind
 
     def __missing__(self, name: str) -> T:
-        raise KeyError(f"no {self.kind} named {name!r}; {nearest(name, self)}")
+        raise UnknownName(f"no {self.kind} named {name!r}; {nearest(name, self)}")

@@ -1,0 +1,7 @@
+"""`python -m mlm` is the `mlm` command."""
+
+import sys
+
+from mlm.cli.main import main
+
+sys.exit(main())
