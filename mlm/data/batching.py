@@ -21,12 +21,13 @@ OPEN_ROWS = 8  # more of them fill rows better and make the saved state larger
 
 
 class Example(NamedTuple):
-    """One preprocessed example: token ids with their end-of-sequence, and the ids of its language and task."""
+    """One preprocessed example: token ids with their end-of-sequence, and the ids of its languages and task."""
 
     inputs: np.ndarray  # int32 [n]
     targets: np.ndarray  # int32 [m]
-    language: int
+    language: int  # of the targets
     task: int
+    inputs_language: int
 
 
 class Packer:
@@ -118,11 +119,15 @@ def assemble(rows: Sequence[Sequence[Example]], inputs_length: int, targets_leng
     row_of = np.repeat(np.arange(len(rows)), counts)
     first_of_row = np.repeat(np.cumsum(counts) - counts, counts)
     segment = np.arange(len(examples)) - first_of_row + 1
-    language = np.array([e.language for e in examples])
+    languages = [np.array(ids) for ids in zip(*((e.inputs_language, e.language) for e in examples), strict=True)]
     task = np.array([e.task for e in examples])
     sides = (
-        _fill([e.inputs for e in examples], row_of, first_of_row, segment, language, task, len(rows), inputs_length),
-        _fill([e.targets for e in examples], row_of, first_of_row, segment, language, task, len(rows), targets_length),
+        _fill(
+            [e.inputs for e in examples], row_of, first_of_row, segment, languages[0], task, len(rows), inputs_length
+        ),
+        _fill(
+            [e.targets for e in examples], row_of, first_of_row, segment, languages[1], task, len(rows), targets_length
+        ),
     )
     return _features(*sides)
 
@@ -181,7 +186,7 @@ def examples_to_arrays(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     return {
         "tokens": np.concatenate([*tokens, np.zeros(0, np.int32)]).astype(np.int32),
         "lengths": np.array([[len(e.inputs), len(e.targets)] for e in examples], np.int32).reshape(-1, 2),
-        "ids": np.array([[e.language, e.task] for e in examples], np.int32).reshape(-1, 2),
+        "ids": np.array([[e.language, e.task, e.inputs_language] for e in examples], np.int32).reshape(-1, 3),
     }
 
 
@@ -189,6 +194,6 @@ def arrays_to_examples(arrays: dict[str, np.ndarray]) -> list[Example]:
     """Inverse of `examples_to_arrays`."""
     cuts = np.split(arrays["tokens"], np.cumsum(arrays["lengths"].reshape(-1))[:-1]) if arrays["lengths"].size else []
     return [
-        Example(cuts[2 * i], cuts[2 * i + 1], int(language), int(task))
-        for i, (language, task) in enumerate(arrays["ids"])
+        Example(cuts[2 * i], cuts[2 * i + 1], int(language), int(task), int(inputs_language))
+        for i, (language, task, inputs_language) in enumerate(arrays["ids"])
     ]

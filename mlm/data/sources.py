@@ -188,19 +188,19 @@ def _lines(path: Path) -> Iterator[bytes]:
 class TableSource(seqio.DataSource):
     """Records held in memory and addressed by number; loaded when first asked for.
 
-    load: split -> columns; `columns` picks and renames them, e.g. {"inputs": "english", "targets": "other"}.
+    load: split -> columns; columns: the ones that a record has.
     """
 
-    def __init__(self, load: Callable[[str], Columns], columns: Mapping[str, str], splits: Sequence[str] = SPLITS):
+    def __init__(self, load: Callable[[str], Columns], columns: Sequence[str], splits: Sequence[str] = SPLITS):
         super().__init__(splits=splits)
         self._load = load
-        self._columns = dict(columns)
+        self._columns = tuple(columns)
 
     def table(self, split: str) -> Columns:
-        """The records of a split, by feature. Raises ValueError when there are none."""
+        """The records of a split by column. Raises ValueError when there are none."""
         table = self._load(split)
-        chosen = {feature: table[column] for feature, column in self._columns.items()}
-        if not len(next(iter(chosen.values()))):
+        chosen = {column: table[column] for column in self._columns}
+        if not chosen[self._columns[0]]:
             raise ValueError(f"the {split} split is empty; splits: {', '.join(self.splits)}")
         return chosen
 
@@ -209,10 +209,10 @@ class TableSource(seqio.DataSource):
         dataset = tf.data.Dataset.from_tensor_slices({name: tf.constant(values) for name, values in columns.items()})
         if shard_info:
             dataset = dataset.shard(shard_info.num_shards, shard_info.index)
-        return dataset.shuffle(len(next(iter(columns.values()))), seed=seed) if shuffle else dataset
+        return dataset.shuffle(self.num_input_examples(split), seed=seed) if shuffle else dataset
 
     def num_input_examples(self, split: str) -> int:
-        return len(next(iter(self.table(split).values())))
+        return len(self.table(split)[self._columns[0]])
 
     def list_shards(self, split: str) -> list[str]:
         return [split]
@@ -317,9 +317,7 @@ def read_aligned_lines(*features: str) -> Callable[..., tf.data.Dataset]:
     """Reader of plain text files that are aligned line by line, one file for each feature."""
 
     def read(*columns: list[str]) -> tf.data.Dataset:
-        datasets = {
-            name: tf.data.TextLineDataset(paths) for name, paths in zip(features, columns, strict=True)
-        }
+        datasets = {name: tf.data.TextLineDataset(paths) for name, paths in zip(features, columns, strict=True)}
         return tf.data.Dataset.zip(datasets)
 
     return read

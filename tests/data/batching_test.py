@@ -15,6 +15,7 @@ def random_examples(count, seed=0, longest=(24, 12)):
             rng.integers(3, 1000, rng.integers(1, longest[1] + 1)).astype(np.int32),
             int(rng.integers(1, 9)),
             int(rng.integers(1, 5)),
+            int(rng.integers(1, 9)),
         )
         for _ in range(count)
     ]
@@ -28,18 +29,18 @@ def unpack(batch):
             source = batch["encoder_segment_ids"][row] == segment
             target = batch["decoder_segment_ids"][row] == segment
             (language,) = set(batch["decoder_language_ids"][row, target])
-            assert {language} == set(batch["encoder_language_ids"][row, source])
+            (inputs_language,) = set(batch["encoder_language_ids"][row, source])
             (task,) = set(batch["decoder_task_ids"][row, target])
             np.testing.assert_array_equal(batch["encoder_positions"][row, source], np.arange(source.sum()))
             np.testing.assert_array_equal(batch["decoder_positions"][row, target], np.arange(target.sum()))
             inputs, targets = batch["encoder_input_tokens"][row, source], batch["decoder_target_tokens"][row, target]
             np.testing.assert_array_equal(batch["decoder_input_tokens"][row, target], [0, *targets[:-1]])
-            found.append((tuple(inputs), tuple(targets), language, task))
+            found.append((tuple(inputs), tuple(targets), language, task, inputs_language))
     return found
 
 
 def as_tuples(examples):
-    return [(tuple(e.inputs), tuple(e.targets), e.language, e.task) for e in examples]
+    return [(tuple(e.inputs), tuple(e.targets), e.language, e.task, e.inputs_language) for e in examples]
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -72,14 +73,14 @@ def test_padding_is_zero_everywhere():
 
 def test_a_row_by_hand():
     packer = Packer(6, 5, open_rows=2)
-    packer.add(Example(np.array([7, 8, 1], np.int32), np.array([9, 1], np.int32), 4, 2))
-    packer.add(Example(np.array([5, 1], np.int32), np.array([6, 3, 1], np.int32), 5, 1))
+    packer.add(Example(np.array([7, 8, 1], np.int32), np.array([9, 1], np.int32), 4, 2, 3))
+    packer.add(Example(np.array([5, 1], np.int32), np.array([6, 3, 1], np.int32), 5, 1, 5))
     batch = packer.take(1)  # the target side is full, so the row is complete
     expected = {
         "encoder_input_tokens": [7, 8, 1, 5, 1, 0],
         "encoder_segment_ids": [1, 1, 1, 2, 2, 0],
         "encoder_positions": [0, 1, 2, 0, 1, 0],
-        "encoder_language_ids": [4, 4, 4, 5, 5, 0],
+        "encoder_language_ids": [3, 3, 3, 5, 5, 0],
         "decoder_input_tokens": [0, 9, 0, 6, 3],
         "decoder_target_tokens": [9, 1, 6, 3, 1],
         "decoder_loss_weights": [1, 1, 1, 1, 1],
@@ -126,6 +127,6 @@ def test_state_of_nothing():
 
 
 def test_an_example_longer_than_a_row_is_refused():
-    example = Example(np.ones(9, np.int32), np.ones(3, np.int32), 1, 1)
+    example = Example(np.ones(9, np.int32), np.ones(3, np.int32), 1, 1, 1)
     with pytest.raises(ValueError, match="9 source and 3 target tokens does not fit rows of 8 and 8"):
         Packer(8, 8).add(example)
