@@ -14,7 +14,6 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from mlm.checkpoints import content, sidecar
 from mlm.checkpoints.errors import CheckpointError, CorruptCheckpoint, read_reason, write_error
@@ -140,6 +139,7 @@ class Checkpointer:
         except Exception as error:
             self._failed(error)
         self._saving = None
+        self._retire()
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, rising."""
@@ -247,6 +247,22 @@ class Checkpointer:
         reasons = "; ".join(f"{bad}: {reason}" for bad, reason in skipped)
         raise CorruptCheckpoint(f"every checkpoint in {self.directory} is damaged ({reasons})")
 
+    def _retire(self) -> None:
+        """Removes checkpoints that are kept for no reason. Called when the newest is known to be complete.
+
+        A directory is renamed before it is emptied, so that a kill in between leaves no half-empty checkpoint.
+        """
+        if jax.process_index() == 0:
+            known = self.steps()
+            kept = _kept({step: self._metrics.get(step, {}) for step in known}, self.config)
+            for step in known:
+                if step not in kept:
+                    self._path(step).rename(self.directory / f"{step}.removed")
+            for path in self.directory.glob("*.removed"):
+                path.rmtree()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("old checkpoints removed")
+
     def _set_aside(self, skipped: list[tuple[int, str]], used: int) -> None:
         """Says which checkpoints are damaged and moves them out of the way of the steps to come."""
         for step, reason in skipped:
@@ -275,14 +291,14 @@ class Checkpointer:
         registry.add(sidecar.RUN, sidecar.SidecarSave, run)
         registry.add(sidecar.RUN, sidecar.SidecarRestore, run)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Retention(self.config, self._metrics),
+            max_to_keep=None,  # `_retire` removes old ones: Orbax, killed at it, would leave half a checkpoint
             cleanup_tmp_directories=True,
             save_root_metadata=False,
         )
         try:
             return ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
         except OSError as error:
-            raise write_error(error, 0, str(self.directory)) from error
+            raise write_error(error, None, str(self.directory)) from error
 
     def _failed(self, error: Exception) -> None:
         """Forgets the failed step, removes what is left of it, and raises CheckpointError."""
@@ -305,20 +321,10 @@ class Checkpointer:
             return {}
 
 
-@dataclass
-class _Retention(PreservationPolicy):
-    """The newest `keep`, those at multiples of keep_every_steps, and the best."""
-
-    config: CheckpointConfig
-    metrics: dict[int, dict[str, float]]
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        steps = [info.step for info in checkpoints]
-        kept = set(sorted(steps)[-self.config.keep :])
-        if self.config.keep_every_steps:
-            kept |= {step for step in steps if step % self.config.keep_every_steps == 0}
-        kept.add(_best({step: self.metrics.get(step, {}) for step in steps}, self.config))
-        return [step in kept for step in steps]
+def _kept(metrics: Mapping[int, Mapping[str, float]], config: CheckpointConfig) -> set[int | None]:
+    """Of the steps with their metrics: the newest `keep`, those at multiples of keep_every_steps, and the best."""
+    multiples = {s for s in metrics if config.keep_every_steps and s % config.keep_every_steps == 0}
+    return {*sorted(metrics)[-config.keep :], *multiples, _best(metrics, config)}
 
 
 def _best(metrics: Mapping[int, Mapping[str, float]], config: CheckpointConfig) -> int | None:

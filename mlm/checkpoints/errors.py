@@ -1,6 +1,6 @@
 """What can go wrong with a checkpoint, said once and clearly."""
 
-import errno
+import re
 
 
 class CheckpointError(RuntimeError):
@@ -11,38 +11,36 @@ class CorruptCheckpoint(CheckpointError):
     """A checkpoint on disk is damaged: truncated, incomplete, or different from what was saved."""
 
 
-def write_error(error: BaseException, step: int, directory: str) -> CheckpointError:
-    """The error of a failed save as one sentence with the fix."""
-    cause = _root(error)
-    text = f"{type(cause).__name__}: {_first_line(cause)}"
-    code = getattr(cause, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota" in text.lower():
-        fix = "the disk is full: free some space or lower `keep`"
-    elif code in (errno.EACCES, errno.EPERM, errno.EROFS) or "ermission denied" in text or "PERMISSION_DENIED" in text:
-        fix = "no permission to write there: change the owner or mode of the directory, or use another one"
-    elif code in (errno.ENOTDIR, errno.EEXIST):
-        fix = "a file stands where a directory is needed: remove it or use another directory"
-    else:
-        fix = "see the cause"
-    return CheckpointError(
-        f"checkpoint of step {step} could not be written to {directory}: {fix} ({text}). "
-        f"Earlier checkpoints there are untouched"
-    )
+FIXES = (  # what the operating system says, wherever in the error it stands -> what to do
+    ("No space left on device|Disk quota exceeded|File too large", "the disk is full: free some space or lower `keep`"),
+    (
+        "Permission denied|Operation not permitted|Read-only file system",
+        "no permission to write: use another directory",
+    ),
+    ("Not a directory|File exists", "a file stands where a directory is needed: remove it or use another directory"),
+)
 
 
-def read_reason(error: BaseException) -> str:
-    """The first line of what failed while reading."""
-    cause = _root(error)
-    return f"{type(cause).__name__}: {_first_line(cause)}"
+def write_error(error: BaseException, step: int | None, directory: str) -> CheckpointError:
+    """The error of a failed save (step None: of opening the directory) as one sentence with the fix."""
+    what = "the directory could not be opened" if step is None else f"checkpoint of step {step} could not be written"
+    chain = " | ".join(str(e) for e in _chain(error))
+    for pattern, fix in FIXES:
+        if match := re.search(pattern, chain):
+            return CheckpointError(f"{directory}: {what}, {fix} ({match[0]}). Earlier checkpoints there are untouched")
+    return CheckpointError(f"{directory}: {what} ({read_reason(error)}). Earlier checkpoints there are untouched")
 
 
-def _root(error: BaseException) -> BaseException:
-    """The operating system's error if there is one behind this error, else the first of the chain."""
-    while not isinstance(error, OSError) and (deeper := error.__cause__ or error.__context__) is not None:
-        error = deeper
-    return error
+def read_reason(error: BaseException, limit: int = 300) -> str:
+    """Type and first line of what failed first."""
+    first = _chain(error)[-1]
+    line = (str(first).strip() or "no further information").splitlines()[0]
+    return f"{type(first).__name__}: {line if len(line) <= limit else line[:limit] + '…'}"
 
 
-def _first_line(error: BaseException, limit: int = 300) -> str:
-    line = (str(error).strip() or "no further information").splitlines()[0]
-    return line if len(line) <= limit else line[:limit] + "…"
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and those that led to it, the first to happen last."""
+    errors = [error]
+    while (deeper := errors[-1].__cause__ or errors[-1].__context__) is not None:
+        errors.append(deeper)
+    return errors
