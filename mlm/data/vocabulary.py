@@ -43,6 +43,8 @@ EXTRA_TOKENS = (
     "</doc>",
     "<sep>",
 )
+# Latin, CJK, Devanagari, Arabic, Ethiopic, Burmese, Khmer, Tibetan, Armenian.
+SENTENCE_ENDS = ".!?…。！？।॥؟۔።፧။៕།։"
 SIZE_MULTIPLE = 128  # of every vocabulary, so that it divides over the mesh
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 _LANGUAGE = re.compile(r"<2([A-Za-z0-9-]+)>")
@@ -50,11 +52,12 @@ _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 
 class SpecialTokens:
-    """What every vocabulary answers about its special tokens. Needs `specials` (name -> id), `where` and `digest`."""
+    """What every vocabulary answers about its special tokens. Needs the attributes below."""
 
     specials: dict[str, int]
     where: str
     digest: str
+    _texts: list[str]  # per id: the text of an ordinary piece, with ▁ for a space; "" for the others
 
     @cached_property
     def sentinel_ids(self) -> tuple[int, ...]:
@@ -85,6 +88,18 @@ class SpecialTokens:
                 f"{nearest(record.code, known)} Train the vocabulary with {record.code!r} among its languages"
             )
         return known[record.code]
+
+    @cached_property
+    def tf_word_starts(self) -> tf.Tensor:
+        """Per id, bool: whether the piece begins a word (▁ of SentencePiece, a space among bytes)."""
+        with tf.init_scope():  # one tensor for all graphs
+            return tf.constant([text.startswith("▁") for text in self._texts])
+
+    @cached_property
+    def tf_sentence_ends(self) -> tf.Tensor:
+        """Per id, bool: whether the piece's last character is one of SENTENCE_ENDS."""
+        with tf.init_scope():
+            return tf.constant([text.endswith(tuple(SENTENCE_ENDS)) for text in self._texts])
 
     def special(self, name: str) -> int:
         """Id of a special token by name, e.g. "<mask>". Raises KeyError with the nearest names."""
@@ -184,9 +199,8 @@ class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
         }
 
     @cached_property
-    def word_starts(self) -> tuple[bool, ...]:
-        """Per id: whether the piece begins a word (starts with ▁)."""
-        return tuple(p.piece.startswith("▁") for p in self._model_proto.pieces)
+    def _texts(self) -> list[str]:
+        return [p.piece if p.type == _Piece.NORMAL else "" for p in self._model_proto.pieces]
 
     @cached_property
     def _readable(self) -> bytes:
@@ -291,9 +305,9 @@ class ByteVocabulary(SpecialTokens, seqio.Vocabulary):
         return self._size
 
     @cached_property
-    def word_starts(self) -> tuple[bool, ...]:
-        """Per id: whether the byte begins a word. Only the space is known to stand before one."""
-        return tuple(i == ord(" ") + 3 for i in range(self._size))
+    def _texts(self) -> list[str]:
+        pieces = [chr(b) if b < 128 else "" for b in range(256)]
+        return [""] * 3 + ["▁" if p == " " else p for p in pieces] + [""] * (self._size - 259)
 
     @cached_property
     def _names(self) -> list[bytes]:
