@@ -30,6 +30,13 @@ class Example(NamedTuple):
     inputs_language: int
 
 
+class Rows(NamedTuple):
+    """Rows of a packer that wait to be taken, and rows that still have room."""
+
+    ready: list[list[Example]]
+    open: list[list[Example]]
+
+
 class Packer:
     """Collects examples into rows of `inputs_length` source and `targets_length` target tokens.
 
@@ -75,25 +82,16 @@ class Packer:
         rows = min(rows, len(self.ready))
         return assemble([self.ready.popleft() for _ in range(rows)], self.inputs_length, self.targets_length)
 
-    def state(self) -> dict[str, np.ndarray]:
-        """The waiting rows as a few flat arrays: no pickling, and a few kilobytes."""
-        rows = [*self.ready, *(row.examples for row in self._open)]
-        examples = list(itertools.chain(*rows))
-        return {
-            "rows": np.array([len(row) for row in rows], np.int32),
-            "waiting": np.array(len(self.ready), np.int32),
-            **examples_to_arrays(examples),
-        }
+    def snapshot(self) -> Rows:
+        """The rows that have not been taken; shares the examples, which never change."""
+        return Rows(list(self.ready), [list(row.examples) for row in self._open])
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        examples = iter(arrays_to_examples(state))
-        rows = [list(itertools.islice(examples, int(n))) for n in state["rows"]]
-        waiting = int(state["waiting"])
-        self.ready = deque(rows[:waiting])
-        self._open = []
-        for examples_of_row in rows[waiting:]:
+    def restore(self, rows: Rows) -> None:
+        """Continues where `rows` were taken."""
+        self.ready, self._open = deque(rows.ready), []
+        for examples in rows.open:
             row = _Row(self.inputs_length, self.targets_length, [])
-            for example in examples_of_row:
+            for example in examples:
                 row.put(example)
             self._open.append(row)
 
@@ -180,20 +178,24 @@ def fill_rate(batch: dict[str, np.ndarray]) -> tuple[float, float]:
     return float((batch["encoder_segment_ids"] > 0).mean()), float((batch["decoder_segment_ids"] > 0).mean())
 
 
-def examples_to_arrays(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Examples as flat arrays: all tokens end to end, and lengths, languages, tasks."""
+def rows_to_arrays(rows: Rows) -> dict[str, np.ndarray]:
+    """Rows as a few flat arrays, for saving: all tokens end to end, their lengths, languages and tasks."""
+    every = [*rows.ready, *rows.open]
+    examples = list(itertools.chain(*every))
     tokens = [t for e in examples for t in (e.inputs, e.targets)]
     return {
+        "waiting": np.array(len(rows.ready), np.int32),
+        "rows": np.array([len(row) for row in every], np.int32),
         "tokens": np.concatenate([*tokens, np.zeros(0, np.int32)]).astype(np.int32),
-        "lengths": np.array([[len(e.inputs), len(e.targets)] for e in examples], np.int32).reshape(-1, 2),
+        "lengths": np.array([len(t) for t in tokens], np.int32),
         "ids": np.array([[e.language, e.task, e.inputs_language] for e in examples], np.int32).reshape(-1, 3),
     }
 
 
-def arrays_to_examples(arrays: dict[str, np.ndarray]) -> list[Example]:
-    """Inverse of `examples_to_arrays`."""
-    cuts = np.split(arrays["tokens"], np.cumsum(arrays["lengths"].reshape(-1))[:-1]) if arrays["lengths"].size else []
-    return [
-        Example(cuts[2 * i], cuts[2 * i + 1], int(language), int(task), int(inputs_language))
-        for i, (language, task, inputs_language) in enumerate(arrays["ids"])
-    ]
+def arrays_to_rows(arrays: dict[str, np.ndarray]) -> Rows:
+    """Inverse of `rows_to_arrays`."""
+    cuts = np.split(arrays["tokens"], np.cumsum(arrays["lengths"]))
+    examples = iter([Example(cuts[2 * i], cuts[2 * i + 1], *ids) for i, ids in enumerate(arrays["ids"].tolist())])
+    rows = [list(itertools.islice(examples, n)) for n in arrays["rows"].tolist()]
+    waiting = int(arrays["waiting"])
+    return Rows(rows[:waiting], rows[waiting:])

@@ -22,12 +22,13 @@ import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import seqio
 
-from mlm.data.batching import Example, Packer
-from mlm.data.readers import Reader, fetch, make_reader
+from mlm.data.batching import Example, Packer, Rows, arrays_to_rows, rows_to_arrays
+from mlm.data.readers import Place, Reader, fetch, make_reader
 from mlm.data.recipes import Lengths
 from mlm.data.registration import default_vocabulary, get, mixture_rates
 from mlm.data.vocabulary import Vocabulary, load_vocabulary
@@ -113,7 +114,15 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
 
     def state(self) -> dict[int, bytes]:
         """Virtual shard -> its place, for the shards of this process; a few kilobytes each."""
-        return {shard.number: shard.state() for shard in self._shards}
+        return self.encode(self.snapshot())
+
+    def snapshot(self) -> list["Snapshot"]:
+        """The place now, taken in microseconds; `encode` makes bytes of it, later and in any thread."""
+        return [shard.snapshot() for shard in self._shards]
+
+    def encode(self, snapshots: list["Snapshot"]) -> dict[int, bytes]:
+        """Virtual shard -> bytes."""
+        return {shard.number: shard.encode(place) for shard, place in zip(self._shards, snapshots, strict=True)}
 
     def restore(self, states: Mapping[int, bytes]) -> "BatchIterator":
         """Continues after the batch that was the last one when `states` were taken; other processes' shards may be among them.
@@ -145,6 +154,15 @@ class Rates:
     def at(self, batch: int) -> np.ndarray:
         """Rates of `tasks` for a batch, summing to 1."""
         return self._rates[np.searchsorted(self._starts, batch, side="right") - 1]
+
+
+class Snapshot(NamedTuple):
+    """Where a shard stands after a batch."""
+
+    batch: int
+    draws: int
+    places: dict[int, Place]  # task -> place of its reader
+    rows: Rows  # that are not yet part of a batch
 
 
 class _Shard:
@@ -202,23 +220,22 @@ class _Shard:
             sort_keys=True,
         )
 
-    def state(self) -> bytes:
-        arrays = {
-            "identity": np.array(self._identity()),
-            "progress": np.array([self.owner.batch, self.draws], np.int64),
-            **{f"packer/{k}": v for k, v in self.packer.state().items()},
-        }
-        places = []
-        for number, reader in sorted(self._readers.items()):
-            state = reader.state()
-            place = state.pop("place", None)
-            if place is not None:  # one array for all tasks that need only a place, instead of hundreds
-                places.append([number, *place])
-            for name, value in state.items():
-                arrays[f"task/{number}/{name}"] = value
-        arrays["places"] = np.array(places, np.int64).reshape(-1, 3)
+    def snapshot(self) -> Snapshot:
+        places = {number: reader.place() for number, reader in self._readers.items()}
+        return Snapshot(self.owner.batch, self.draws, places, self.packer.snapshot())
+
+    def encode(self, snapshot: Snapshot) -> bytes:
+        places = sorted(snapshot.places.items())
+        iterators = {f"iterator/{n}": np.frombuffer(p.iterator, np.uint8) for n, p in places if p.iterator}
         file = io.BytesIO()
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(
+            file,
+            identity=np.array(self._identity()),
+            progress=np.array([snapshot.batch, snapshot.draws], np.int64),
+            places=np.array([(number, place.unit, place.used) for number, place in places], np.int64).reshape(-1, 3),
+            **iterators,
+            **{f"packer/{name}": array for name, array in rows_to_arrays(snapshot.rows).items()},
+        )
         return file.getvalue()
 
     def restore(self, state: bytes) -> int:
@@ -230,17 +247,12 @@ class _Shard:
                 f"the saved place in the data belongs to other data:\n  saved: {saved}\n  now:   {ours}\n"
                 "continue with the configuration of the run, or start its data anew"
             )
-        self.packer.restore({k.removeprefix("packer/"): v for k, v in arrays.items() if k.startswith("packer/")})
+        packer = {name.removeprefix("packer/"): array for name, array in arrays.items() if name.startswith("packer/")}
+        self.packer.restore(arrays_to_rows(packer))
         self._readers.clear()
-        for number, *place in arrays["places"].tolist():
-            self._reader(number).restore({"place": np.array(place)})
-        streams: dict[int, dict[str, np.ndarray]] = {}
-        for key, value in arrays.items():
-            if key.startswith("task/"):
-                _, number, name = key.split("/")
-                streams.setdefault(int(number), {})[name] = value
-        for number, stream in streams.items():
-            self._reader(number).restore(stream)
+        for number, unit, used in arrays["places"].tolist():
+            iterator = arrays.get(f"iterator/{number}")
+            self._reader(number).restore(Place(unit, used, b"" if iterator is None else iterator.tobytes()))
         batch, self.draws = (int(x) for x in arrays["progress"])
         self._uniform, self._fetched_to = np.zeros(0), self.draws
         return batch

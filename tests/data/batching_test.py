@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlm.data.batching import Example, Packer, arrays_to_examples, examples_to_arrays, fill_rate
+from mlm.data.batching import Example, Packer, Rows, arrays_to_rows, fill_rate, rows_to_arrays
 from mlm.types import ROW_FEATURES
 
 
@@ -110,7 +110,7 @@ def test_a_restored_packer_continues_exactly(pack):
     for example in examples[:90]:
         before.add(example)
     head = before.take(5)
-    after.restore({k: np.array(v.tolist(), v.dtype).reshape(v.shape) for k, v in before.state().items()})
+    after.restore(arrays_to_rows(rows_to_arrays(before.snapshot())))
     for example in examples[90:]:
         after.add(example)
     for packer in (whole, after):
@@ -120,10 +120,21 @@ def test_a_restored_packer_continues_exactly(pack):
         np.testing.assert_array_equal(array, np.concatenate([head[name], tail[name]]), err_msg=name)
 
 
-def test_state_of_nothing():
-    packer = Packer(8, 8)
-    packer.restore(Packer(8, 8).state())
-    assert not packer.ready and arrays_to_examples(examples_to_arrays([])) == []
+def test_a_snapshot_does_not_change_with_its_packer():
+    packer = Packer(32, 16)
+    examples = random_examples(40)
+    for example in examples[:20]:
+        packer.add(example)
+    snapshot = packer.snapshot()
+    before = as_tuples([e for row in snapshot.ready + snapshot.open for e in row])
+    for example in examples[20:]:
+        packer.add(example)
+    packer.take(100)
+    assert as_tuples([e for row in snapshot.ready + snapshot.open for e in row]) == before
+
+
+def test_rows_of_nothing():
+    assert arrays_to_rows(rows_to_arrays(Packer(8, 8).snapshot())) == Rows([], [])
 
 
 def test_an_example_longer_than_a_row_is_refused():
