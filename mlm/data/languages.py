@@ -3,9 +3,9 @@
     >>> LANGUAGES[language_id("pt_BR")].name
     'Portuguese (Brazil)'
 
-Corpora disagree about codes: mC4 writes `iw` and `no`, LibreOffice `sr_Cyrl`, FLORES `fra_Latn`, the UDHR collection `cmn_hans`.
-`languages.tsv` joins them as aliases of one BCP-47 code. What people write differently stays apart: `pt` and `pt-BR`, `sr` and
-`sr-Latn`, `zh` and `zh-Hant`, `oc` and `oc-provenc`.
+Corpora disagree about codes: mC4 writes `iw` and `no`, LibreOffice `sr_Cyrl`, FLORES `fra_Latn`, the UDHR collection
+`cmn_hans`. `languages.tsv` joins them as aliases of one BCP-47 code. What people write differently stays apart: `pt`
+and `pt-BR`, `sr` and `sr-Latn`, `zh` and `zh-Hant`, `oc` and `oc-provenc`.
 """
 
 import importlib.resources
@@ -32,7 +32,7 @@ PADDING = Language(0, "", "(padding)", "Zyyy", "ltr", "und", ())
 def language_id(code: str, source: str = "") -> int:
     """Id of a language, under any code that a source uses for it; case, `_` and `-` do not matter.
 
-    source: name of a corpus with codes of its own ("udhr": its `ckb` is Central Kurdish in Latin letters, elsewhere it is in Arabic ones).
+    source: name of a corpus with codes of its own ("udhr": its `ckb` is Central Kurdish in Latin letters).
     Raises KeyError with the nearest codes for a code that no language has.
     """
     for key in (f"{source}:{code}", code):
@@ -50,7 +50,9 @@ def language(code: str, source: str = "") -> Language:
 
 
 def parse(text: str) -> tuple[Language, ...]:
-    """The records of a table, padding first, so that `parse(text)[i].id == i`. Raises ValueError for a gap or a code given twice."""
+    """The records of a table, padding first, so that `parse(text)[i].id == i`. Raises ValueError for a gap or a code
+    given twice.
+    """
     records, owners = [PADDING], {}
     for line in text.splitlines():
         if line.startswith("#") or not line.strip():
@@ -58,9 +60,7 @@ def parse(text: str) -> tuple[Language, ...]:
         number, code, name, script, direction, iso, aliases = line.split("\t")
         record = Language(int(number), code, name, script, direction, iso, tuple(aliases.split()))
         if record.id != len(records):
-            raise ValueError(
-                f"language {code!r} has id {record.id}, expected {len(records)}: ids are 1, 2, … in file order, append only"
-            )
+            raise ValueError(f"language {code!r} has id {record.id}, not {len(records)}: ids are 1, 2, … in file order")
         for key in map(_normal, (code, *record.aliases)):
             if owners.setdefault(key, code) != code:
                 raise ValueError(f"the code {key!r} is given to both {owners[key]!r} and {code!r}")

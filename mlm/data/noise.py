@@ -1,9 +1,10 @@
-"""Noise: which tokens are hidden, what the encoder sees instead, what the decoder must say. Graph code without loops or state.
+"""Noise: which tokens are hidden, what the encoder sees instead, what the decoder must say. Graph code without loops or
+state.
 
 An objective on plain text is three choices, and a new one is one new function in one of three tables:
 
-    mask      pieces, seed -> a code per token: KEEP, START or INSIDE of a hidden span, INSERT (kept, an empty span before it)
-    inputs    pieces, codes -> encoder tokens: each span as a sentinel of its own, as <mask>, or dropped
+    mask      pieces, seed -> a code per token: KEEP, START or INSIDE of a hidden span, INSERT (kept, an empty span
+    before it) inputs    pieces, codes -> encoder tokens: each span as a sentinel of its own, as <mask>, or dropped
     targets   pieces, codes -> decoder tokens: hidden spans between sentinels, hidden tokens alone, or the whole text
 
     objective             mask          inputs      targets
@@ -12,9 +13,10 @@ An objective on plain text is three choices, and a new one is one new function i
     causal LM             Everything    drop        full_text
     BART text infilling   PoissonWords  mask_token  full_text
 
-`pieces` is a ragged int32 tensor [pieces, tokens]: many pieces of text are noised by one run of the graph. Codes are flat, one per
-token of `pieces.values`. Masks are frozen dataclasses and the rest module functions, so equal objectives are equal keys and all
-tasks that share one share one traced graph (`Denoise.graph`). A seed is a pair of integers; the same pair gives the same noise.
+`pieces` is a ragged int32 tensor [pieces, tokens]: many pieces of text are noised by one run of the graph. Codes are
+flat, one per token of `pieces.values`. Masks are frozen dataclasses and the rest module functions, so equal objectives
+are equal keys and all tasks that share one share one traced graph (`Denoise.graph`). A seed is a pair of integers; the
+same pair gives the same noise.
 """
 
 import functools
@@ -34,18 +36,20 @@ KEEP, START, INSIDE, INSERT = 0, 1, 2, 3
 class Spans:
     """T5's spans: round(length · density) tokens in round(hidden / mean_span) spans, cut at random, spread at random.
 
-    The first token is never hidden, the last always is; random_roll turns the mask by a random offset and removes that bias (a span
-    turned over the end counts as two). Rounding is half to even. A piece of one token stays as it is.
+    The first token is never hidden, the last always is; random_roll turns the mask by a random offset and removes that
+    bias (a span turned over the end counts as two). Rounding is half to even. A piece of one token stays as it is.
     Source: Raffel et al. 2020, section 3.1.4, and the code released with it.
     """
 
-    density: float = 0.15
-    mean_span: float = 3.0
+    density: int | float = 0.15
+    mean_span: int | float = 3.0
     random_roll: bool = False
 
     def __post_init__(self):
         if not (0 < self.density < 1 and self.mean_span >= 1):
-            raise ValueError(f"density={self.density} must lie in (0, 1), mean_span={self.mean_span} be 1 token or more")
+            raise ValueError(
+                f"density={self.density} must lie in (0, 1), mean_span={self.mean_span} be 1 token or more"
+            )
 
     def spans(self, length: int) -> int:
         """Most hidden spans of a piece of `length` tokens."""
@@ -73,11 +77,11 @@ class Spans:
 class Suffix:
     """One hidden span, from a random place to the end (prefix LM).
 
-    Tokens kept: uniform from n_min to length − 1, n_min = max(1, round((1 − 2 · density) (length − 1))); with density 0.5 anything
-    from 1 on. fixed: always round((1 − density) · length) instead (UL2's S-denoiser with density 0.25).
+    Tokens kept: uniform from n_min to length − 1, n_min = max(1, round((1 − 2 · density) (length − 1))); with density
+    0.5 anything from 1 on. fixed: always round((1 − density) · length) instead (UL2's S-denoiser with density 0.25).
     """
 
-    density: float = 0.5
+    density: int | float = 0.5
     fixed: bool = False
 
     def shortest_prefix(self, length: int) -> int:
@@ -106,15 +110,16 @@ class Everything:
 
 @dataclass(frozen=True)
 class PoissonWords:
-    """Whole words, ceil(words · density) of them, in spans of Poisson(mean_span) words; a span of no word is an insertion.
+    """Whole words, ceil(words · density) of them, in spans of Poisson(mean_span) words; a span of no word is an
+    insertion.
 
-    Span lengths are drawn until the budget is reached, the last is cut to fit. Spans lie anywhere and may touch but never overlap, so
-    the budget is met exactly (the code released with BART lets spans overlap and then hides fewer words). A word begins at a piece
-    with ▁; the first token begins one too. Source: Lewis et al. 2020, section 2.2.
+    Span lengths are drawn until the budget is reached, the last is cut to fit. Spans lie anywhere and may touch but
+    never overlap, so the budget is met exactly (the code released with BART lets spans overlap and then hides fewer
+    words). A word begins at a piece with ▁; the first token begins one too. Source: Lewis et al. 2020, section 2.2.
     """
 
-    density: float = 0.3
-    mean_span: float = 3.0
+    density: int | float = 0.3
+    mean_span: int | float = 3.0
 
     def __call__(self, pieces: tf.RaggedTensor, seed: tf.Tensor, vocabulary: Vocabulary) -> tf.Tensor:
         seeds = tf.random.experimental.stateless_split(seed, 3)
@@ -254,7 +259,8 @@ def span_codes(mask: tf.Tensor, rows: Rows) -> tf.Tensor:
 
 
 def random_partition(totals: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """totals[r] items cut into parts[r] non-empty parts, each way equally likely: all parts' lengths, int32 [sum(parts)].
+    """totals[r] items cut into parts[r] non-empty parts, each way equally likely: all parts' lengths, int32
+    [sum(parts)].
 
     parts[r] is 1 … totals[r], and 1 where totals[r] is 0: then the part's length is 0.
     """
@@ -265,7 +271,7 @@ def random_partition(totals: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf
     return tf.math.unsorted_segment_sum(tf.ones_like(part), part, tf.reduce_sum(parts))
 
 
-def _round(lengths: tf.Tensor, factor: float = 1.0, divisor: float = 1.0) -> tf.Tensor:
+def _round(lengths: tf.Tensor, factor: int | float = 1, divisor: int | float = 1) -> tf.Tensor:
     # Python's round(length * factor / divisor) to the last bit: float64, half to even.
     exact = tf.cast(lengths, tf.float64)
     return tf.cast(tf.round(exact * factor / divisor), tf.int32)

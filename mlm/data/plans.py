@@ -2,7 +2,8 @@
 
     PLANS["span_corruption"](vocabulary, 512, 114, density=0.15, mean_span=3.0) -> Plan(rule, length=568, …)
 
-A plan is refused when it is made, before any text is read: targets that would be cut, too few sentinels, lengths too short.
+A plan is refused when it is made, before any text is read: targets that would be cut, too few sentinels, lengths too
+short.
 """
 
 from collections.abc import Callable
@@ -14,11 +15,12 @@ from mlm.data import noise
 from mlm.data.rows import cut, frame
 from mlm.data.vocabulary import Vocabulary
 from mlm.registry import Registry
-from mlm.types import EOS_ID
 
 
 class Plan(NamedTuple):
-    """rule: the noise. length: tokens of a piece. prefix: special token before the inputs, or "". eos: each document ends with </s>."""
+    """rule: the noise. length: tokens of a piece. prefix: special token before the inputs, or "". eos: each document
+    ends with </s>.
+    """
 
     rule: noise.Denoise
     length: int
@@ -47,12 +49,13 @@ def span_corruption(
     inputs_length: int,
     targets_length: int,
     *,
-    density: float = 0.15,
-    mean_span: float = 3.0,
+    density: int | float = 0.15,
+    mean_span: int | float = 3.0,
     random_roll: bool = False,
     prefix: str = "",
 ) -> Plan:
-    """T5's span corruption; mT5: the defaults, ByT5: mean_span 20. Pieces are as long as the inputs allow (`raw_length`).
+    """T5's span corruption; mT5: the defaults, ByT5: mean_span 20. Pieces are as long as the inputs allow
+    (`raw_length`).
 
     prefix: a special token before the inputs (UL2's mode).
     Raises ValueError when the targets do not fit, or the vocabulary has fewer sentinels than there are spans.
@@ -62,15 +65,17 @@ def span_corruption(
     needed += random_roll
     if needed > targets_length:
         raise ValueError(
-            f"span corruption with inputs of {inputs_length} tokens, density {density} and mean span {mean_span} has targets "
-            f"of {needed} tokens, the task's hold {targets_length}; raise targets_length to {needed} or lower inputs_length"
+            f"span corruption with inputs of {inputs_length} tokens, density {density} and mean span {mean_span} has "
+            f"targets of {needed} tokens, the task's hold {targets_length}; raise targets_length to {needed}, or lower "
+            "inputs_length"
         )
-    spans, known = mask.spans(length) + random_roll, len(vocabulary.sentinel_ids)
+    spans, known = mask.spans(length), len(vocabulary.sentinel_ids)
     if spans > known:
+        enough = -(-round(length * density) // max(known - random_roll, 1))
         raise ValueError(
-            f"span corruption of pieces of {length} tokens, density {density} and mean span {mean_span} needs {spans} sentinels, "
-            f"{vocabulary.where} has {known}; raise mean_span to {-(-round(length * density) // max(known, 1))}, lower "
-            f"inputs_length, or train the vocabulary with more sentinels"
+            f"span corruption of pieces of {length} tokens, density {density} and mean span {mean_span} needs {spans} "
+            f"sentinels, {vocabulary.where} has {known}; raise mean_span to {enough}, lower inputs_length, or train the "
+            "vocabulary with more sentinels"
         )
     rule = noise.Denoise(mask, noise.sentinels, noise.hidden_with_sentinels)
     return Plan(rule, length, inputs_length, targets_length, prefix)
@@ -81,7 +86,7 @@ def prefix_lm(
     inputs_length: int,
     targets_length: int,
     *,
-    density: float = 0.5,
+    density: int | float = 0.5,
     fixed: bool = False,
     prefix: str = "",
 ) -> Plan:
@@ -99,8 +104,8 @@ def prefix_lm(
 
 
 def causal_lm(vocabulary: Vocabulary, inputs_length: int, targets_length: int) -> Plan:
-    """The whole piece is the targets, documents end with </s>. The inputs are </s> alone: an encoder-decoder learns its decoder's
-    language model, and a decoder without encoder ignores them.
+    """The whole piece is the targets, documents end with </s>. The inputs are </s> alone: an encoder-decoder learns its
+    decoder's language model, and a decoder without encoder ignores them.
     """
     _check_length(targets_length - 1, inputs_length, targets_length)
     rule = noise.Denoise(noise.Everything(), noise.drop, noise.full_text)
@@ -112,11 +117,13 @@ def text_infilling(
     inputs_length: int,
     targets_length: int,
     *,
-    density: float = 0.3,
-    mean_span: float = 3.0,
+    density: int | float = 0.3,
+    mean_span: int | float = 3.0,
     permute_sentences: bool = True,
 ) -> Plan:
-    """BART: words behind one <mask> a span, sentences shuffled, the whole text to be said. mBART: density 0.35, mean_span 3.5."""
+    """BART: words behind one <mask> a span, sentences shuffled, the whole text to be said. mBART: density 0.35,
+    mean_span 3.5.
+    """
     length = min(inputs_length, targets_length) - 1
     _check_length(length, inputs_length, targets_length)
     vocabulary.special("<mask>")  # refuses a vocabulary without it
@@ -134,12 +141,13 @@ PLANS: Registry[Callable[..., Plan]] = Registry(
 )
 
 
-def raw_length(inputs_length: int, density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
-    """(tokens a piece may have, tokens its targets then have) for T5 spans whose inputs shall fit `inputs_length`, </s> counted.
+def raw_length(inputs_length: int, density: int | float = 0.15, mean_span: int | float = 3.0) -> tuple[int, int]:
+    """(tokens a piece may have, tokens its targets then have) for T5 spans whose inputs shall fit `inputs_length`, </s>
+    counted.
 
-    The largest n with kept + spans + 1 ≤ inputs_length, where hidden = round(n · density), spans = round(hidden / mean_span),
-    kept = n − hidden; targets = hidden + spans + 1. With density 0.5, targets longer than the inputs lose one token.
-    Source: T5's released code.
+    The largest n with kept + spans + 1 ≤ inputs_length, where hidden = round(n · density), spans = round(hidden /
+    mean_span), kept = n − hidden; targets = hidden + spans + 1. With density 0.5, targets longer than the inputs lose
+    one token. Source: T5's released code.
 
     >>> raw_length(512), raw_length(1024)
     ((568, 114), (1137, 229))
@@ -151,7 +159,9 @@ def raw_length(inputs_length: int, density: float = 0.15, mean_span: float = 3.0
         return n - hidden + spans + 1, hidden + spans + 1
 
     if lengths(2)[0] > inputs_length:
-        raise ValueError(f"inputs_length={inputs_length} is too short for span corruption, at least {lengths(2)[0]} is needed")
+        raise ValueError(
+            f"inputs_length={inputs_length} is too short for span corruption, {lengths(2)[0]} is the least"
+        )
     n = inputs_length
     while lengths(n)[0] > inputs_length:
         n -= 1
@@ -164,6 +174,6 @@ def raw_length(inputs_length: int, density: float = 0.15, mean_span: float = 3.0
 def _check_length(length: int, inputs_length: int, targets_length: int) -> None:
     if length < 2:
         raise ValueError(
-            f"inputs of {inputs_length} and targets of {targets_length} tokens leave pieces of {max(length, 0)} tokens; "
-            "an objective on text needs 2 at least, so make both lengths larger"
+            f"inputs of {inputs_length} and targets of {targets_length} tokens leave pieces of {max(length, 0)}; an "
+            "objective on text needs 2 tokens at least, so make both lengths larger"
         )

@@ -3,13 +3,14 @@
     plain text   [partial(tokens, key="text"), partial(denoise, plan="span_corruption", language="fr", task=7)]
     pairs        [partial(translation, source="english", target="other", languages=("en", "fr"), task=8)]
 
-An example is {"inputs": int32 [n], "targets": int32 [m], "language": int32, "task": int32}: trimmed to the task's lengths, the end
-of sequence as its last token. Text-to-text examples also carry their texts, as `inputs_pretokenized`, `targets_pretokenized`.
+An example is {"inputs": int32 [n], "targets": int32 [m], "language": int32, "task": int32}: trimmed to the task's
+lengths, the end of sequence as its last token. Text-to-text examples also carry their texts, as `inputs_pretokenized`,
+`targets_pretokenized`.
 
-A `map` costs milliseconds to build and a mixture has hundreds of pipelines: a preprocessor does its work in one map, and heavy work
-is a graph that all tasks share. Maps run in the thread that reads the task; SeqIO prefetches every task in a thread of its own.
-Random numbers are functions of (seed of the dataset, place of the example in the stream, task): the same seed gives the same noise,
-and the next epoch gives other noise.
+A `map` costs milliseconds to build and a mixture has hundreds of pipelines: a preprocessor does its work in one map,
+and heavy work is a graph that all tasks share. Maps run in the thread that reads the task; SeqIO prefetches every task
+in a thread of its own. Random numbers are functions of (seed of the dataset, place of the example in the stream, task):
+the same seed gives the same noise, and the next epoch gives other noise.
 """
 
 import functools
@@ -23,7 +24,6 @@ import tensorflow_text
 
 from mlm.data.languages import language, language_id
 from mlm.data.plans import PLANS, Plan
-from mlm.data.rows import frame
 from mlm.data.vocabulary import Vocabulary
 from mlm.registry import Registry
 from mlm.types import EOS_ID
@@ -32,7 +32,8 @@ Dataset = tf.data.Dataset
 Features = Mapping[str, seqio.Feature]
 Lengths = Mapping[str, int]
 
-# --- Plain text ---------------------------------------------------------------------------------------------------------
+# --- Plain text
+# ---------------------------------------------------------------------------------------------------------
 
 
 def tokens(dataset: Dataset, output_features: Features, *, key: str = "text", eos: bool = False) -> Dataset:
@@ -72,9 +73,11 @@ def denoise(
 ) -> Dataset:
     """Documents int32 [n], joined and cut into pieces, noised by a plan -> examples.
 
-    Pieces are made inside one task, so no piece mixes languages; only the very last one may be short. plan: a name of PLANS, or a
-    function like those; options: its own (density, mean_span, …). language, task: ids to add, None to add none.
-    Raises KeyError for an unknown plan or language, ValueError when the plan does not fit the lengths or the vocabulary.
+    Pieces are made inside one task, so no piece mixes languages; only the very last one may be short. plan: a name of
+    PLANS, or a function like those; options: its own (density, mean_span, …). language, task: ids to add, None to add
+    none.
+    Raises KeyError for an unknown plan or language, ValueError when the plan does not fit the lengths or the
+    vocabulary.
     """
     vocabulary = _vocabulary(output_features, "targets")
     make = PLANS[plan] if isinstance(plan, str) else plan
@@ -90,7 +93,8 @@ def denoise(
     return seqio.map_over_dataset(one, num_seeds=1, num_parallel_calls=None)(pieces)
 
 
-# --- Text to text -------------------------------------------------------------------------------------------------------
+# --- Text to text
+# -------------------------------------------------------------------------------------------------------
 
 
 def text_to_text(
@@ -106,11 +110,12 @@ def text_to_text(
     language: str | None = None,
     task: int | None = None,
 ) -> Dataset:
-    """{inputs: text, targets: text, …} -> examples; cleaned; a record with an empty side is dropped. Correction, copying, any task.
+    """{inputs: text, targets: text, …} -> examples: correction, copying, any task. A record with an empty side is dropped.
 
-    inputs, targets: keys of the record; with the same key for both the model copies. prefix: text before the inputs ("correct: ").
-    inputs_tokens, targets_tokens: special tokens that come first, by name ("<2fr>", "[S]"). What is too long is cut at its end;
-    special tokens and </s> stay. Raises KeyError for a token that the vocabulary does not have.
+    inputs, targets: keys of the record; the same key for both makes the model copy. prefix: text before the inputs
+    ("correct: "). inputs_tokens, targets_tokens: special tokens that come first, by name ("<2fr>", "[S]"). What is too
+    long is cut at its end; special tokens and </s> stay.
+    Raises KeyError for a token that the vocabulary does not have.
     """
     vocabularies = {side: _vocabulary(output_features, side) for side in ("inputs", "targets")}
     first = {"inputs": tuple(map(vocabularies["inputs"].special, inputs_tokens))}
@@ -142,9 +147,10 @@ def translation(
 ) -> Dataset:
     """{source: text, target: text, …} -> examples whose language is the target's.
 
-    languages: codes of (source, target). token says who tells the model which language to write (TOKENS): "source" puts `<2target>`
-    before the inputs, "target" makes it the first target, which decoding then forces, "both" puts `<2source>` before the inputs and
-    `<2target>` first in the targets, "none" leaves it to the text. Sources: Johnson et al. 2017; NLLB Team 2022 for "both".
+    languages: codes of (source, target). token says who tells the model which language to write (TOKENS): "source" puts
+    `<2target>` before the inputs, "target" makes it the first target, which decoding then forces, "both" puts
+    `<2source>` before the inputs and `<2target>` first in the targets, "none" leaves it to the text. Sources: Johnson
+    et al. 2017; NLLB Team 2022 for "both".
     """
     places = TOKENS[token]
     vocabulary = _vocabulary(output_features, "targets")
@@ -160,18 +166,26 @@ def translation(
 
 # Which language token comes first in (inputs, targets).
 TOKENS: Registry[tuple[str, str]] = Registry(
-    "place of the language token", source=("target", ""), target=("", "target"), both=("source", "target"), none=("", "")
+    "place of the language token",
+    source=("target", ""),
+    target=("", "target"),
+    both=("source", "target"),
+    none=("", ""),
 )
 
-# --- Text itself --------------------------------------------------------------------------------------------------------
+# --- Text itself
+# --------------------------------------------------------------------------------------------------------
 
-# Every space and control character of Unicode, and the byte order mark; joiners (U+200C, U+200D) are letters in many scripts.
+# Every space and control character of Unicode, and the byte order mark; joiners (U+200C, U+200D) are letters in many
+# scripts.
 _SPACES_TF = r"[\s\p{Z}\p{Cc}\x{FEFF}]+"
 _SPACES = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ufeff]+")
 
 
 def clean(text: tf.Tensor) -> tf.Tensor:
-    """Texts in Unicode NFC, each run of spaces, line ends and control characters one space, none at the ends. Any shape."""
+    """Texts in Unicode NFC, each run of spaces, line ends and control characters one space, none at the ends. Any
+    shape.
+    """
     return tf.strings.strip(tf.strings.regex_replace(tensorflow_text.normalize_utf8(text, "NFC"), _SPACES_TF, " "))
 
 
@@ -181,7 +195,9 @@ def clean_line(text: str) -> str:
 
 
 def clean_text(dataset: Dataset, *, keys: Sequence[str]) -> Dataset:
-    """Records with the texts under `keys` cleaned; a record with an empty one is dropped. The others above clean for themselves."""
+    """Records with the texts under `keys` cleaned; a record with an empty one is dropped. The others above clean for
+    themselves.
+    """
     cleaned = dataset.map(lambda record: record | {key: clean(record[key]) for key in keys})
     return cleaned.filter(lambda record: tf.reduce_all([tf.strings.length(record[key]) > 0 for key in keys]))
 
@@ -192,7 +208,8 @@ def add_ids(dataset: Dataset, *, language: str, task: int) -> Dataset:
     return dataset.map(lambda example: example | ids())
 
 
-# --- Shared graphs and checks -------------------------------------------------------------------------------------------
+# --- Shared graphs and checks
+# -------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=64)
@@ -207,7 +224,9 @@ def _text_to_row(vocabulary: Vocabulary, first: tuple[int, ...], length: int) ->
     # text [] -> int32 [n]: `first`, the text cut to fit, </s>
     room = length - len(first) - 1
     if room < 1:
-        raise ValueError(f"a length of {length} tokens has no room for text beside {len(first)} special tokens and </s>")
+        raise ValueError(
+            f"a length of {length} tokens has no room for text beside {len(first)} special tokens and </s>"
+        )
 
     def encode(text: tf.Tensor) -> tf.Tensor:
         return tf.concat([tf.constant(first, tf.int32), vocabulary.encode_tf(text)[:room], [EOS_ID]], 0)
@@ -237,12 +256,16 @@ def _ids(code: str | None, task: int | None) -> Callable[[], dict[str, tf.Tensor
 
 def _vocabulary(output_features: Features, name: str) -> Vocabulary:
     if name not in output_features:
-        raise KeyError(f"the task has no feature {name!r}, only {sorted(output_features)}; it needs 'inputs' and 'targets'")
+        raise KeyError(
+            f"the task has no feature {name!r}, only {sorted(output_features)}; it needs 'inputs' and 'targets'"
+        )
     return output_features[name].vocabulary
 
 
 def _lengths(sequence_length: Lengths | None) -> tuple[int, int]:
     missing = {"inputs", "targets"} - set(sequence_length or {})
     if missing:
-        raise ValueError(f"sequence_length={sequence_length} lacks {sorted(missing)}: how long may an example be, in tokens?")
+        raise ValueError(
+            f"sequence_length={sequence_length} lacks {sorted(missing)}: how long may an example be, in tokens?"
+        )
     return sequence_length["inputs"], sequence_length["targets"]  # type: ignore[index]

@@ -1,4 +1,6 @@
-"""Arithmetic on ragged rows laid end to end, without loops: what noise and framing need for many pieces of text at once."""
+"""Arithmetic on ragged rows laid end to end, without loops: what noise and framing need for many pieces of text at
+once.
+"""
 
 import tensorflow as tf
 
@@ -6,7 +8,9 @@ from mlm.types import EOS_ID
 
 
 class Rows:
-    """Where the items of a flat tensor lie: `row` and `place` in it per item, `lengths` and `starts` per row. All int32."""
+    """Where the items of a flat tensor lie: `row` and `place` in it per item, `lengths` and `starts` per row. All
+    int32.
+    """
 
     def __init__(self, ragged: tf.RaggedTensor):
         splits = tf.cast(ragged.row_splits, tf.int32)
@@ -31,10 +35,10 @@ class Rows:
         before = tf.gather(tf.concat([[0], total], 0), self.starts)
         return total - self.spread(before)
 
-    def random_ranks(
-        self, seed: tf.Tensor, first: tf.Tensor | None = None, last: tf.Tensor | None = None
-    ) -> tf.Tensor:
-        """A random order 0, 1, … of each row's items; items in `first` come before the others, items in `last` after them."""
+    def random_ranks(self, seed: tf.Tensor, first: tf.Tensor | None = None, last: tf.Tensor | None = None) -> tf.Tensor:
+        """A random order 0, 1, … of each row's items; items in `first` come before the others, items in `last` after
+        them.
+        """
         keys = tf.random.stateless_uniform([self.size], seed, dtype=tf.float64)  # float32 would have ties
         if first is not None:
             keys = tf.where(first, keys - 1, keys)
@@ -68,7 +72,8 @@ def cut(values: tf.Tensor, length: int) -> tf.RaggedTensor:
 
 
 def frame(pieces: tf.RaggedTensor, length: int | None, first: tf.Tensor | None = None) -> tf.RaggedTensor:
-    """Each row with `first` (int32 [k]) before it and </s> after it, the row itself cut so that all fits in `length` items.
+    """Each row with `first` (int32 [k]) before it and </s> after it, the row itself cut so that all fits in `length`
+    items.
 
     None: no cut. Raises ValueError when `length` has no room for one item of the row.
     """

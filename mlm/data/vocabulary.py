@@ -5,13 +5,15 @@ Layout of the ids, the same for both kinds:
     0 <pad>   1 </s>   2 <unk>   text pieces (or 256 bytes, id = byte + 3)   <unused_i> …   other special tokens
     language tokens `<2xx>`   sentinels `<extra_id_n>` … `<extra_id_0>`; <extra_id_0> is the last id
 
-The specials are pieces of type CONTROL inside the `.model`, so one file carries everything, and text never reaches them: a text that
-literally contains "<2fr>" or "<extra_id_0>" is encoded as ordinary pieces that spell it. `encode_prompt` is the one way to write
-specials as text. Decoding shows every special readable except padding and end of sequence.
-Source of the layout: T5 (Raffel et al. 2020) for ids 0-2 and the descending sentinels, ByT5 (Xue et al. 2022) for the bytes.
+The specials are pieces of type CONTROL inside the `.model`, so one file carries everything, and text never reaches
+them: a text that literally contains "<2fr>" or "<extra_id_0>" is encoded as ordinary pieces that spell it.
+`encode_prompt` is the one way to write specials as text. Decoding shows every special readable except padding and end
+of sequence. Source of the layout: T5 (Raffel et al. 2020) for ids 0-2 and the descending sentinels, ByT5 (Xue et al.
+2022) for the bytes.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,8 +29,8 @@ from mlm.data.languages import language
 from mlm.registry import nearest
 from mlm.types import EOS_ID, PAD_ID, UNK_ID
 
-# Reserved in every vocabulary, since a vocabulary cannot grow without breaking its checkpoints: the mask of BART and MLM, the modes of
-# UL2, the tokens of GLM, the roles of retrieval.
+# Reserved in every vocabulary, since a vocabulary cannot grow without breaking its checkpoints: the mask of BART and
+# MLM, the modes of UL2, the tokens of GLM, the roles of retrieval.
 EXTRA_TOKENS = (
     "<mask>",
     "[R]",
@@ -64,7 +66,7 @@ class SpecialTokens:
         """Ids of <extra_id_0>, <extra_id_1>, …; always first, first - 1, …"""
         found = {int(m[1]): i for name, i in self.specials.items() if (m := _SENTINEL.fullmatch(name))}
         ids = tuple(found[n] for n in sorted(found))
-        if sorted(found) != list(range(len(found))) or any(a - b != 1 for a, b in zip(ids, ids[1:], strict=False)):
+        if sorted(found) != list(range(len(found))) or any(a - b != 1 for a, b in itertools.pairwise(ids)):
             raise ValueError(f"vocabulary {self.where} has sentinels that do not count down one by one: {ids[:5]}…")
         return ids
 
@@ -84,8 +86,8 @@ class SpecialTokens:
         record = language(code)
         if record.code not in known:
             raise KeyError(
-                f"vocabulary {self.where} has no token <2{record.code}> ({record.name}); it has {len(known)} language tokens; "
-                f"{nearest(record.code, known)} Train the vocabulary with {record.code!r} among its languages"
+                f"vocabulary {self.where} has no token <2{record.code}> ({record.name}) among its {len(known)} "
+                f"language tokens; {nearest(record.code, known)} Train the vocabulary with {record.code!r} among its languages"
             )
         return known[record.code]
 
@@ -108,7 +110,9 @@ class SpecialTokens:
         return self.specials[name]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens are meant as such: "<2fr> The <extra_id_0> sat". No end of sequence is added."""
+        """Ids of a text in which special tokens are meant as such: "<2fr> The <extra_id_0> sat". No end of sequence is
+        added.
+        """
         parts = self._special_pattern.split(text)
         return [
             i for part in parts if part for i in ([self.specials[part]] if part in self.specials else self.encode(part))
@@ -126,7 +130,8 @@ class SpecialTokens:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.where!r}, size {self.vocab_size}, sha256 {self.digest[:12]}…)"  # type: ignore[attr-defined]
+        return f"{type(self).__name__}({self.where!r}, size {self.vocab_size}, sha256 {self.digest[:12]}…)"  # type:
+        ignore[attr - defined]
 
     __str__ = __repr__
 
@@ -145,11 +150,12 @@ class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
         ids = (self.tokenizer.pad_id(), self.tokenizer.eos_id(), self.tokenizer.unk_id())
         if ids != (PAD_ID, EOS_ID, UNK_ID):
             raise ValueError(
-                f"{self.where}: padding, end of sequence, unknown have the ids {ids}, expected {(PAD_ID, EOS_ID, UNK_ID)}"
+                f"{self.where}: padding, end of sequence, unknown have the ids {ids}, not {(PAD_ID, EOS_ID, UNK_ID)}"
             )
 
     def __getstate__(self) -> dict:
-        # gin deep-copies what it binds, and SeqIO pickles: everything but path and sentinels is read again from the file.
+        # gin deep-copies what it binds, and SeqIO pickles: everything but path and sentinels is read again from the
+        # file.
         return {"where": self.where, "_sentinels": self._sentinels}
 
     def __setstate__(self, state: dict) -> None:
@@ -217,7 +223,9 @@ class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
 
     @cached_property
     def tf_tokenizer(self) -> tensorflow_text.SentencepieceTokenizer:  # type: ignore[override]
-        """One TensorFlow tokenizer for the whole process: SeqIO's builds one, with the whole model in its graph, for every task."""
+        """One TensorFlow tokenizer for the whole process: SeqIO's builds one, with the whole model in its graph, for
+        every task.
+        """
         with tf.init_scope():
             return tensorflow_text.SentencepieceTokenizer(model=self.sp_model)
 
@@ -361,7 +369,8 @@ def check_same_vocabulary(a: Vocabulary | str, b: Vocabulary | str, where_a: str
         ]
         raise ValueError(
             f"two vocabularies where one is needed:\n  {where_a}: sha256 {shown[0]}\n  {where_b}: sha256 {shown[1]}\n"
-            "ids mean different text in the two; use the vocabulary that the checkpoint was trained with (the file in its run directory)"
+            "ids mean different text in the two; use the vocabulary that the checkpoint was trained with (the file in "
+            "its run directory)"
         )
 
 

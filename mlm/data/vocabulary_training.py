@@ -10,7 +10,6 @@ from sentencepiece import sentencepiece_model_pb2
 
 from mlm.data.vocabulary import (
     EXTRA_TOKENS,
-    SIZE_MULTIPLE,
     SentencePieceVocabulary,
     _Piece,
     _round_up,
@@ -38,10 +37,13 @@ def train_vocabulary(
 ) -> SentencePieceVocabulary:
     """Train on text lines and write one `.model` file. The same lines and arguments give the same file, byte for byte.
 
-    lines: text in the proportions that training will see, cleaned (`preprocessors.clean_text`); lines longer than SentencePiece's limit are cut.
-    size: ids in all, specials included, rounded up to a multiple of 128. A corpus too small for it leaves `<unused_i>` ids.
+    lines: text in the proportions that training will see, cleaned (`preprocessors.clean_text`); lines longer than
+    SentencePiece's limit are cut.
+    size: ids in all, specials included, rounded up to a multiple of 128. A corpus too small for it leaves `<unused_i>`
+    ids.
     languages: codes that get a token `<2xx>`; sentinels: number of `<extra_id_n>`, at least 100.
-    character_coverage: share of the characters with a piece of their own; the others are spelled in bytes (byte fallback), so no text
+    character_coverage: share of the characters with a piece of their own; the others are spelled in bytes (byte
+    fallback), so no text
         is unknown. normalization: "whitespace" turns Unicode's space characters into spaces and keeps
         the rest (NFC is the preprocessors' work); or a rule of SentencePiece, "nmt_nfkc" for mT5's.
     Raises ValueError when no text comes, when sentinels < 100, or when the size has no room for pieces.
@@ -54,8 +56,9 @@ def train_vocabulary(
     least = 3 + 256 + 64
     if pieces < least:
         raise ValueError(
-            f"size={size} leaves {pieces} ids for text after {len(names)} special tokens ({sentinels} sentinels, {len(languages)} languages), "
-            f"at least {least} are needed (3 + 256 bytes + letters); nearest size that works: {_round_up(least + len(names))}"
+            f"size={size} leaves {pieces} ids for text after {len(names)} special tokens ({sentinels} sentinels, "
+            f"{len(languages)} languages), at least {least} are needed (3 + 256 bytes + letters); nearest size that "
+            f"works: {_round_up(least + len(names))}"
         )
     text = _Lines(lines)
     model = io.BytesIO()
@@ -88,7 +91,7 @@ def train_vocabulary(
     proto.trainer_spec.vocab_size = size
     proto.normalizer_spec.name = normalization
     proto.normalizer_spec.ClearField("normalization_rule_tsv")  # a path in a temporary folder
-    assert len(proto.pieces) == size and size % SIZE_MULTIPLE == 0, (len(proto.pieces), size)
+    assert len(proto.pieces) == size, (len(proto.pieces), size)
     _write(path, proto.SerializeToString(deterministic=True))
     return SentencePieceVocabulary(path)
 
@@ -109,7 +112,9 @@ def _normalization(name: str, folder: str) -> dict[str, str]:
 
 
 class _Lines:
-    """Text lines on their way to the trainer: stripped, cut at LIMIT bytes on a character, empty ones dropped, none at all refused."""
+    """Text lines on their way to the trainer: stripped, cut at LIMIT bytes on a character, empty ones dropped, none at
+    all refused.
+    """
 
     LIMIT = 8192
 
