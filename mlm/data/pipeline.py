@@ -32,6 +32,7 @@ from mlm.data.readers import Place, Reader, fetch, make_reader
 from mlm.data.recipes import Lengths
 from mlm.data.registration import default_vocabulary, get, mixture_rates
 from mlm.data.vocabulary import Vocabulary, load_vocabulary
+from mlm.sampling import stages
 
 BLOCK = 256  # draws that are looked ahead, so that their units go through TensorFlow together
 
@@ -141,19 +142,24 @@ class Rates:
     """How often each task is drawn, by training progress. tasks: every task of every stage, sorted."""
 
     def __init__(self, config: DataConfig):
-        stages = config.stages or ((0.0, config.mixture),)
-        self._starts = np.array([start * (config.steps or 0) for start, _ in stages])
-        by_stage = [mixture_rates(name) for _, name in stages]
-        splits = {name for rates in by_stage for name in rates}
-        self.tasks = sorted(name for name in splits if config.split in get(name).splits)
+        table = config.stages or ((0.0, config.mixture),)
+        by_stage = [mixture_rates(name) for _, name in table]
+        names = sorted({name for rates in by_stage for name in rates})
+        self.tasks = [name for name in names if config.split in get(name).splits]
         if not self.tasks:
-            raise ValueError(f"no task of {[name for _, name in stages]} has a split {config.split!r}")
-        self._rates = np.array([[rates.get(task, 0.0) for task in self.tasks] for rates in by_stage])
-        self._rates /= self._rates.sum(axis=1, keepdims=True)
+            raise ValueError(
+                f"no task of {', '.join(name for _, name in table)} has a split {config.split!r}; "
+                f"{names[0]} has {', '.join(get(names[0]).splits)}"
+            )
+        self._steps = config.steps or 1
+        self._stages = [
+            (start, np.array([rates.get(task, 0.0) for task in self.tasks]))
+            for (start, _), rates in zip(table, by_stage, strict=True)
+        ]
 
     def at(self, batch: int) -> np.ndarray:
         """Rates of `tasks` for a batch, summing to 1."""
-        return self._rates[np.searchsorted(self._starts, batch, side="right") - 1]
+        return stages(self._stages, min(batch / self._steps, 1.0))
 
 
 class Snapshot(NamedTuple):

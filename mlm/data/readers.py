@@ -176,6 +176,12 @@ class ExampleReader(Reader):
         self._blocks.restore(place.unit, place.iterator)
 
 
+def to_example(record: dict[str, np.ndarray], task: int) -> Example:
+    """One example of a SeqIO dataset, in NumPy, as a packer takes it."""
+    language = int(record["language"])
+    return Example(record["inputs"], record["targets"], language, task, int(record.get("inputs_language", language)))
+
+
 def check_features(task: seqio.Task, features) -> None:
     """Raises ValueError when a task's examples lack a feature that every example carries."""
     if missing := {"inputs", "targets", "language"} - set(features):

@@ -8,6 +8,7 @@ task, 60 ms a task, and fills a shuffle buffer for each.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,9 +17,10 @@ import seqio
 import tensorflow as tf
 
 from mlm.data.languages import language_id
-from mlm.data.noise import Denoise, Spans, full_text, hidden_with_sentinels, sentinels
+from mlm.data.plans import PLANS
+from mlm.data.preprocessors import clean
+from mlm.data.rows import frame
 from mlm.data.vocabulary import Vocabulary
-from mlm.types import EOS_ID
 
 THREADS = 2  # of the shared graphs; the order of their results does not depend on it
 
@@ -156,7 +158,7 @@ def compile_recipe(recipe: Recipe, vocabulary: Vocabulary, lengths: Lengths) -> 
         inputs, targets = _split(result["inputs"]), _split(result["targets"])
         examples = list(zip(inputs, targets, strict=True))
         ends = np.cumsum(result["targets"].row_lengths().numpy())
-        return [examples[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        return [examples[a:b] for a, b in itertools.pairwise([0, *ends])]
 
     return process
 
@@ -165,7 +167,7 @@ def _split(ragged: tf.RaggedTensor) -> list[np.ndarray]:
     """Tokens of each example of [units, examples, tokens]."""
     ends = ragged.values.row_splits.numpy().tolist()
     flat = ragged.flat_values.numpy()
-    return [flat[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [flat[a:b] for a, b in itertools.pairwise(ends)]
 
 
 # Recipes.
@@ -173,77 +175,86 @@ def _split(ragged: tf.RaggedTensor) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
-    """Text of one language, joined with spaces, cut into pieces of `piece_length` tokens, each piece hidden in part by `noise`."""
+    """Text of one language, joined and cut into the pieces of a plan (mlm.data.plans), each piece hidden in part.
 
-    noise: Denoise
+    options: the plan's own, ((name, value), …).
+    """
+
+    plan: str
+    options: tuple[tuple[str, object], ...] = ()
 
     def __call__(self, unit, seed, vocabulary: Vocabulary, lengths: Lengths) -> dict[str, tf.RaggedTensor]:
-        length = piece_length(self.noise, lengths)
-        tokens = tf.cast(vocabulary.encode_tf(tf.strings.reduce_join(unit["text"], separator=" ")), tf.int32)
-        size = tf.size(tokens, tf.int64)
-        splits = tf.concat([tf.range(0, size, length), [size]], 0)
-        pieces = tf.RaggedTensor.from_row_splits(tokens, splits)
-        inputs, targets = self.noise.graph(vocabulary)(pieces, seed)
-        return {"inputs": finish(inputs, lengths.inputs), "targets": finish(targets, lengths.targets)}
-
-
-@functools.cache
-def piece_length(noise: Denoise, lengths: Lengths) -> int:
-    """Tokens of text that fill `lengths` after the noise: for T5's spans 512 -> 568 and 114 targets, 1024 -> 1137 and 229."""
-    if not isinstance(noise.mask, Spans):
-        whole_text = lengths.targets if noise.targets is full_text else lengths.inputs
-        return max(1, min(lengths.inputs, whole_text) - 2)  # room for the end of sequence and a prefix or an insertion
-
-    def fits(length: int) -> bool:
-        hidden = min(max(round(length * noise.mask.density), 1), length - 1)
-        spans = noise.mask.spans(length)
-        return length - hidden + spans < lengths.inputs and hidden + spans < lengths.targets
-
-    length = 2
-    while fits(length + 1):
-        length += 1
-    return length
+        plan = PLANS[self.plan](vocabulary, *lengths, **dict(self.options))
+        texts = clean(unit["text"])
+        if not plan.eos:  # nothing marks the end of a document, so that a space must
+            texts = tf.strings.reduce_join(texts, separator=" ")[None]
+        spec = tf.RaggedTensorSpec([None], tf.int32, row_splits_dtype=tf.int64)
+        documents = tf.map_fn(lambda text: encode(text, vocabulary), texts, fn_output_signature=spec)
+        inputs, targets = plan.examples(plan.pieces(documents), seed, vocabulary)
+        return {"inputs": inputs, "targets": targets}
 
 
 def translate_tagged(unit, seed, vocabulary, lengths):
     """The source with the target's language token in front; the target as it is."""
-    del seed
-    source = tf.concat([[unit["language_token"]], encode(unit["inputs"], vocabulary)], 0)
-    return single(source, encode(unit["targets"], vocabulary), lengths)
+    return _pair(unit, vocabulary, lengths, source_first=unit["to"][None])
+
+
+def translate_forced(unit, seed, vocabulary, lengths):
+    """The source as it is; the target with its language token in front, which decoding forces."""
+    return _pair(unit, vocabulary, lengths, target_first=unit["to"][None])
+
+
+def translate_both(unit, seed, vocabulary, lengths):
+    """Source and target each with the token of its own language in front, as NLLB has them."""
+    return _pair(unit, vocabulary, lengths, source_first=unit["from"][None], target_first=unit["to"][None])
 
 
 def rewrite(unit, seed, vocabulary, lengths):
     """The inputs as they are, the targets as they are."""
-    del seed
-    return single(encode(unit["inputs"], vocabulary), encode(unit["targets"], vocabulary), lengths)
+    return _pair(unit, vocabulary, lengths)
 
 
-def encode(records: tf.Tensor, vocabulary: Vocabulary) -> tf.Tensor:
-    """Tokens of the one record of a unit."""
-    return tf.cast(vocabulary.encode_tf(records[0]), tf.int32)
+def _pair(unit, vocabulary, lengths, source_first=None, target_first=None) -> dict[str, tf.RaggedTensor]:
+    """The one example of a unit; none when a side is empty."""
+    texts = [clean(unit[side][0]) for side in ("inputs", "targets")]
+    count = tf.cast(tf.reduce_all([tf.strings.length(text) > 0 for text in texts]), tf.int64)
+    framed = []
+    for text, first, length in zip(texts, (source_first, target_first), lengths, strict=True):
+        row = encode(text, vocabulary)
+        framed.append(frame(tf.RaggedTensor.from_row_lengths(row, [tf.size(row, tf.int64)]), length, first)[:count])
+    return {"inputs": framed[0], "targets": framed[1]}
 
 
-def single(inputs: tf.Tensor, targets: tf.Tensor, lengths: Lengths) -> dict[str, tf.RaggedTensor]:
-    """The one example of a unit."""
-    inputs, targets = (tf.RaggedTensor.from_row_lengths(x, [tf.size(x, tf.int64)]) for x in (inputs, targets))
-    return {"inputs": finish(inputs, lengths.inputs), "targets": finish(targets, lengths.targets)}
+def encode(text: tf.Tensor, vocabulary: Vocabulary) -> tf.Tensor:
+    """Tokens of one text."""
+    return tf.cast(vocabulary.encode_tf(text), tf.int32)
 
 
-def finish(tokens: tf.RaggedTensor, length: int) -> tf.RaggedTensor:
-    """Each example cut to `length`, the end of sequence being its last token."""
-    end = tf.RaggedTensor.from_uniform_row_length(tf.fill([tokens.nrows()], EOS_ID), tf.constant(1, tf.int64))
-    return tf.concat([tokens.with_row_splits_dtype(tf.int64)[:, : length - 1], end], 1)
+def language_tokens(units: Units, vocabulary: Vocabulary) -> dict[str, int]:
+    """Ids of the tokens of both languages. Raises KeyError for a language that the vocabulary has no token for."""
+    return {
+        "to": vocabulary.language_token(units.language),
+        "from": vocabulary.language_token(units.inputs_language),
+    }
 
 
-def target_language_token(units: Units, vocabulary: Vocabulary) -> dict[str, int]:
-    return {"language_token": vocabulary.language_token(units.language)}
+def target_token(units: Units, vocabulary: Vocabulary) -> dict[str, int]:
+    """Id of the target language's token."""
+    return {"to": vocabulary.language_token(units.language)}
 
 
-def denoising(name: str, noise: Denoise, records: int = 32) -> Recipe:
-    """A recipe that joins `records` records of one language and hides parts of the text."""
-    return Recipe(name, records, ("text",), Denoising(noise))
+def denoising(plan: str = "span_corruption", records: int = 32, **options) -> Recipe:
+    """A recipe of the plan's name: joins `records` records of one language, hides parts of the text.
+
+    >>> denoising("span_corruption", mean_span=20.0)      # ByT5's
+    """
+    PLANS[plan]  # raises KeyError with the nearest names
+    return Recipe(plan, records, ("text",), Denoising(plan, tuple(sorted(options.items()))))
 
 
-SPAN_CORRUPTION = denoising("span_corruption", Denoise(Spans(), sentinels, hidden_with_sentinels))
-TRANSLATION = Recipe("translation", 1, ("inputs", "targets"), translate_tagged, target_language_token)
-REWRITING = Recipe("rewriting", 1, ("inputs", "targets"), rewrite)
+SPAN_CORRUPTION = denoising()
+PAIR = ("inputs", "targets")
+TRANSLATION = Recipe("translation", 1, PAIR, translate_tagged, target_token)
+FORCED_TRANSLATION = Recipe("forced_translation", 1, PAIR, translate_forced, target_token)
+DOUBLY_TAGGED_TRANSLATION = Recipe("doubly_tagged_translation", 1, PAIR, translate_both, language_tokens)
+REWRITING = Recipe("rewriting", 1, PAIR, rewrite)
