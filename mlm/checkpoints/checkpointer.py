@@ -268,7 +268,7 @@ class Checkpointer:
         for step, reason in skipped:
             moved = f"; it is now {step}.corrupt" if not self.read_only else ""
             logger.warning("checkpoint %s is damaged (%s)%s; using step %s", self._path(step), reason, moved, used)
-        if self.read_only:
+        if self._manager is None:
             return
         if jax.process_index() == 0:
             for step, _ in skipped:
@@ -303,7 +303,8 @@ class Checkpointer:
     def _failed(self, error: Exception) -> None:
         """Forgets the failed step, removes what is left of it, and raises CheckpointError."""
         step, self._saving = self._saving, None
-        self._metrics.pop(step, None)
+        if step is not None:
+            self._metrics.pop(step, None)
         if jax.process_count() == 1:  # with others, the run ends here and the next one cleans up
             self._manager = self._open()
         raise write_error(error, step, str(self.directory)) from error
@@ -330,7 +331,9 @@ def _kept(metrics: Mapping[int, Mapping[str, float]], config: CheckpointConfig) 
 def _best(metrics: Mapping[int, Mapping[str, float]], config: CheckpointConfig) -> int | None:
     """The step with the best finite metric; the later one of equals."""
     name = config.best_metric
-    values = {s: m[name] for s, m in metrics.items() if name in m and math.isfinite(m[name])}
+    if name is None:
+        return None
+    values = {s: m[name] for s, m in metrics.items() if math.isfinite(m.get(name, math.nan))}
     if not values:
         return None
     sign = 1 if config.best_mode == "max" else -1

@@ -9,6 +9,7 @@ not depend on how the array is split over devices, and any single changed elemen
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,13 @@ from mlm.checkpoints.errors import CheckpointError
 from mlm.trees import named_leaves
 from mlm.types import PyTree
 
+Leaves = dict[str, Any]  # path name -> array, or what describes one
 
-def by_name(state: PyTree) -> dict[str, object]:
+
+def by_name(state: PyTree) -> Leaves:
     """Path name -> leaf. Raises CheckpointError for two leaves of one name and for leaves that are no arrays."""
-    flat: dict[str, object] = {}
+    flat: Leaves = {}
+    leaf: Any
     for name, leaf in named_leaves(state):
         if name in flat:
             raise CheckpointError(f"two arrays of the state share the path {name!r}: rename one of them")
@@ -33,7 +37,7 @@ def by_name(state: PyTree) -> dict[str, object]:
     return flat
 
 
-def nest(flat: dict[str, object]) -> dict:
+def nest(flat: dict[str, Any]) -> dict:
     """{"a/b": x} -> {"a": {"b": x}}."""
     tree: dict = {}
     for name, leaf in flat.items():
@@ -45,7 +49,7 @@ def nest(flat: dict[str, object]) -> dict:
     return tree
 
 
-def describe(flat: dict[str, object]) -> dict[str, list]:
+def describe(flat: Leaves) -> dict[str, list]:
     """Path name -> [shape, dtype], as JSON values."""
     return {name: [list(leaf.shape), np.dtype(leaf.dtype).name] for name, leaf in flat.items()}
 
@@ -62,9 +66,9 @@ def differences(saved: dict[str, list], wanted: dict[str, list], limit: int = 8)
     return lines if len(lines) <= limit else [*lines[:limit], f"… and {len(lines) - limit} more"]
 
 
-def sums(flat: dict[str, object]) -> dict[str, object]:
+def sums(flat: Leaves) -> Leaves:
     """Path name -> uint32 sum. JAX arrays are summed where they are, without waiting for the result."""
-    result: dict[str, object] = {n: _weighted_sum(np, x) for n, x in flat.items() if not isinstance(x, jax.Array)}
+    result: Leaves = {n: _weighted_sum(np, x) for n, x in flat.items() if not isinstance(x, jax.Array)}
     groups: dict[frozenset, dict[str, jax.Array]] = {}
     for name, leaf in flat.items():
         if isinstance(leaf, jax.Array):

@@ -2,7 +2,8 @@
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ from mlm.parallel.mesh import ROW_AXES
 from mlm.types import Batch
 
 
-class DataLayout(NamedTuple):
+@dataclass(frozen=True)
+class DataLayout:
     """Which block of the global batch this process feeds: block `index` of `count` equal ones, in row order."""
 
     index: int

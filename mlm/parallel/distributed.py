@@ -14,6 +14,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -68,7 +69,7 @@ def detect(environment: Mapping[str, str], tpu: bool = False) -> Start:
     if "SLURM_JOB_ID" in environment and "SLURM_STEP_NODELIST" in environment:
         if int(environment.get("SLURM_NTASKS", "1")) == 1:
             return Start("one SLURM task", None)
-        arguments = {"cluster_detection_method": "slurm"}
+        arguments: dict[str, Any] = {"cluster_detection_method": "slurm"}
         gpus, nodes = environment.get("SLURM_GPUS_ON_NODE", ""), environment.get("SLURM_STEP_NUM_NODES")
         if gpus.isdigit() and nodes == environment["SLURM_NTASKS"]:  # JAX alone would take one GPU per task
             arguments["local_device_ids"] = list(range(int(gpus)))

@@ -86,8 +86,10 @@ def optimizer_axes(state: PyTree, params: PyTree, axes: PyTree) -> PyTree:
     the parameter's shape it takes its axes; with one dimension less (factored moments) it drops that dimension's
     name; every other leaf (counters, placeholders) is whole on every device.
     """
-    names = dict(named_leaves(_aligned(params, axes), is_leaf=lambda x: isinstance(x, tuple)))
-    known = {name: (tuple(leaf.shape), names[name]) for name, leaf in named_leaves(params)}
+    known: dict[str, tuple[tuple[int, ...], Axes]] = {}
+    map_named(
+        lambda name, leaf, names: known.update({name: (tuple(leaf.shape), names)}), params, _aligned(params, axes)
+    )
 
     def match(name: str, leaf) -> Axes:
         parts = name.split("/")
@@ -140,15 +142,16 @@ def check_sizes(mesh: Mesh, rules: Rules = RULES, **sizes: int) -> None:
 
 def parameter_table(shapes: PyTree, axes: PyTree, placed: PyTree) -> list[str]:
     """One line per parameter (path, shape, logical axes, mesh axes, count) and a last line with the total."""
-    names = named_leaves(_aligned(shapes, axes), is_leaf=lambda x: isinstance(x, tuple))
     rows = [("path", "shape", "axes", "mesh", "count")]
-    total = 0
-    for (path, leaf), (_, logical), sharding in zip(named_leaves(shapes), names, jax.tree.leaves(placed), strict=True):
+
+    def add(path: str, leaf, logical: Axes, sharding: NamedSharding) -> int:
         count = math.prod(leaf.shape)
-        total += count
         shape = " × ".join(map(str, leaf.shape)) or "scalar"
         split = ", ".join("+".join(t) if isinstance(t, tuple) else str(t or "-") for t in sharding.spec) or "-"
         rows.append((path, shape, ", ".join(n or "-" for n in logical) or "-", split, f"{count:,}"))
+        return count
+
+    total = sum(jax.tree.leaves(map_named(add, shapes, _aligned(shapes, axes), placed)))
     rows.append(("total", "", "", "", f"{total:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return [

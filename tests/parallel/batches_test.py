@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from mlm.parallel import MeshConfig, batch_sharding, data_layout, global_batch, make_mesh, prefetch
+from mlm.parallel import DataLayout, MeshConfig, batch_sharding, data_layout, global_batch, make_mesh, prefetch
 from mlm.parallel.batches import layout_of
 
 
@@ -33,7 +33,7 @@ def test_rows_that_do_not_divide_are_refused():
     ],
 )
 def test_processes_feed_blocks_in_row_order(rows, expected):
-    assert [tuple(layout_of(rows, process)) for process in sorted(rows)] == expected
+    assert [layout_of(rows, process) for process in sorted(rows)] == [DataLayout(*block) for block in expected]
 
 
 def test_rows_shared_in_part_are_refused():
@@ -42,7 +42,7 @@ def test_rows_shared_in_part_are_refused():
 
 
 def test_one_process_feeds_everything():
-    assert data_layout(make_mesh(MeshConfig(fsdp=2, tensor=2))) == (0, 1)
+    assert data_layout(make_mesh(MeshConfig(fsdp=2, tensor=2))) == DataLayout(0, 1)
 
 
 def test_prefetch_runs_ahead_and_reports_the_place_of_each_batch():

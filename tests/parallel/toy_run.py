@@ -66,7 +66,7 @@ def main(directory: str, fsdp: str, tensor: str, steps: str, *options: str) -> N
     with Checkpointer(directory) as checkpoints:
         while number < int(steps):
             number += 1
-            params = run(params, global_batch(rows(number, *layout), mesh))
+            params = run(params, global_batch(rows(number, layout.index, layout.count), mesh))
             if preempted(number):
                 break
             if options:
