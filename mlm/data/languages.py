@@ -38,7 +38,8 @@ def language_id(code: str, source: str = "") -> int:
     for key in (f"{source}:{code}", code):
         if (found := _IDS.get(_normal(key))) is not None:
             return found
-    hint = nearest(_normal(code), _IDS)
+    named = [f"{r.code!r} ({r.name})" for r in LANGUAGES[1:] if len(code) > 3 and code.lower() in r.name.lower()]
+    hint = f"did you mean {', '.join(named[:3])}?" if named else nearest(_normal(code), _IDS)
     raise KeyError(
         f"no language has the code {code!r}; {hint} A new language is a new last line in mlm/data/languages.tsv"
     )

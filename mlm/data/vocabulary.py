@@ -13,10 +13,8 @@ of sequence. Source of the layout: T5 (Raffel et al. 2020) for ids 0-2 and the d
 """
 
 import hashlib
-import itertools
 import json
 import os
-import re
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -25,115 +23,11 @@ import tensorflow as tf
 import tensorflow_text
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from mlm.data.languages import language
-from mlm.registry import nearest
+from mlm.data.special_tokens import SpecialTokens, special_names
 from mlm.types import EOS_ID, PAD_ID, UNK_ID
 
-# Reserved in every vocabulary, since a vocabulary cannot grow without breaking its checkpoints: the mask of BART and
-# MLM, the modes of UL2, the tokens of GLM, the roles of retrieval.
-EXTRA_TOKENS = (
-    "<mask>",
-    "[R]",
-    "[S]",
-    "[X]",
-    "[gMASK]",
-    "<sop>",
-    "<eop>",
-    "<query>",
-    "</query>",
-    "<doc>",
-    "</doc>",
-    "<sep>",
-)
-# Latin, CJK, Devanagari, Arabic, Ethiopic, Burmese, Khmer, Tibetan, Armenian.
-SENTENCE_ENDS = ".!?…。！？।॥؟۔።፧။៕།։"
 SIZE_MULTIPLE = 128  # of every vocabulary, so that it divides over the mesh
-_SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
-_LANGUAGE = re.compile(r"<2([A-Za-z0-9-]+)>")
-_Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
-
-
-class SpecialTokens:
-    """What every vocabulary answers about its special tokens. Needs the attributes below."""
-
-    specials: dict[str, int]
-    where: str
-    digest: str
-    _texts: list[str]  # per id: the text of an ordinary piece, with ▁ for a space; "" for the others
-
-    @cached_property
-    def sentinel_ids(self) -> tuple[int, ...]:
-        """Ids of <extra_id_0>, <extra_id_1>, …; always first, first - 1, …"""
-        found = {int(m[1]): i for name, i in self.specials.items() if (m := _SENTINEL.fullmatch(name))}
-        ids = tuple(found[n] for n in sorted(found))
-        if sorted(found) != list(range(len(found))) or any(a - b != 1 for a, b in itertools.pairwise(ids)):
-            raise ValueError(f"vocabulary {self.where} has sentinels that do not count down one by one: {ids[:5]}…")
-        return ids
-
-    @cached_property
-    def language_tokens(self) -> dict[str, int]:
-        """Language code -> id of its token `<2xx>`."""
-        return {m[1]: i for name, i in self.specials.items() if (m := _LANGUAGE.fullmatch(name))}
-
-    def language_token(self, code: str) -> int:
-        """Id of the token `<2xx>` of a language, under any code of that language.
-
-        Raises KeyError for an unknown language, and for one that this vocabulary has no token for.
-        """
-        known = self.language_tokens
-        if code in known:
-            return known[code]
-        record = language(code)
-        if record.code not in known:
-            raise KeyError(
-                f"vocabulary {self.where} has no token <2{record.code}> ({record.name}) among its {len(known)} "
-                f"language tokens; {nearest(record.code, known)} Train the vocabulary with {record.code!r} among its languages"
-            )
-        return known[record.code]
-
-    @cached_property
-    def tf_word_starts(self) -> tf.Tensor:
-        """Per id, bool: whether the piece begins a word (▁ of SentencePiece, a space among bytes)."""
-        with tf.init_scope():  # one tensor for all graphs
-            return tf.constant([text.startswith("▁") for text in self._texts])
-
-    @cached_property
-    def tf_sentence_ends(self) -> tf.Tensor:
-        """Per id, bool: whether the piece's last character is one of SENTENCE_ENDS."""
-        with tf.init_scope():
-            return tf.constant([text.endswith(tuple(SENTENCE_ENDS)) for text in self._texts])
-
-    def special(self, name: str) -> int:
-        """Id of a special token by name, e.g. "<mask>". Raises KeyError with the nearest names."""
-        if name not in self.specials:
-            raise KeyError(f"vocabulary {self.where} has no special token {name!r}; {nearest(name, self.specials)}")
-        return self.specials[name]
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens are meant as such: "<2fr> The <extra_id_0> sat". No end of sequence is
-        added.
-        """
-        parts = self._special_pattern.split(text)
-        return [
-            i for part in parts if part for i in ([self.specials[part]] if part in self.specials else self.encode(part))
-        ]  # type: ignore[attr-defined]
-
-    @cached_property
-    def _special_pattern(self) -> re.Pattern:
-        names = sorted(map(re.escape, self.specials), key=len, reverse=True)
-        return re.compile(rf"\s*({'|'.join(names)})" if names else r"(?!)")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SpecialTokens) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.where!r}, size {self.vocab_size}, sha256 {self.digest[:12]}…)"  # type:
-        ignore[attr - defined]
-
-    __str__ = __repr__
+Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 
 class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
@@ -146,6 +40,7 @@ class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
     def __init__(self, path: str | os.PathLike, sentinels: int = 0):
         self.where = os.path.abspath(os.fspath(path))
         self._sentinels = sentinels
+        self._model = None
         super().__init__(self.where)
         ids = (self.tokenizer.pad_id(), self.tokenizer.eos_id(), self.tokenizer.unk_id())
         if ids != (PAD_ID, EOS_ID, UNK_ID):
@@ -154,8 +49,7 @@ class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
             )
 
     def __getstate__(self) -> dict:
-        # gin deep-copies what it binds, and SeqIO pickles: everything but path and sentinels is read again from the
-        # file.
+        # gin deep-copies what it binds, and SeqIO pickles: all but path and sentinels is read again from the file.
         return {"where": self.where, "_sentinels": self._sentinels}
 
     def __setstate__(self, state: dict) -> None:
@@ -180,7 +74,7 @@ class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
         if not model.pieces:
             raise ValueError(f"{self.where} is not a SentencePiece model: it holds no pieces")
         for n in reversed(range(self._sentinels)):
-            model.pieces.add(piece=f"<extra_id_{n}>", score=0.0, type=_Piece.CONTROL)
+            model.pieces.add(piece=f"<extra_id_{n}>", score=0.0, type=Piece.CONTROL)
         return model
 
     def _model_context(self):  # SeqIO's own keeps one copy per path for ever, also when the file has changed
@@ -195,26 +89,26 @@ class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
         return hashlib.sha256(self._bytes + (b"+%d" % self._sentinels if self._sentinels else b"")).hexdigest()
 
     @cached_property
-    def specials(self) -> dict[str, int]:  # type: ignore[override]
+    def specials(self) -> dict[str, int]:
         """Name -> id of the special tokens, without padding, end of sequence and unknown."""
         pieces = enumerate(self._model_proto.pieces)
         return {
             p.piece.removeprefix("▁"): i
             for i, p in pieces
-            if i > UNK_ID and p.type in (_Piece.CONTROL, _Piece.USER_DEFINED)
+            if i > UNK_ID and p.type in (Piece.CONTROL, Piece.USER_DEFINED)
         }
 
     @cached_property
-    def _texts(self) -> list[str]:
-        return [p.piece if p.type == _Piece.NORMAL else "" for p in self._model_proto.pieces]
+    def texts(self) -> list[str]:
+        return [p.piece if p.type == Piece.NORMAL else "" for p in self._model_proto.pieces]
 
     @cached_property
     def _readable(self) -> bytes:
         # SentencePiece prints nothing for a CONTROL piece and the name of a USER_DEFINED one: decode with the latter.
         model = sentencepiece_model_pb2.ModelProto.FromString(self.sp_model)
         for piece in model.pieces[UNK_ID + 1 :]:
-            if piece.type == _Piece.CONTROL:
-                piece.type = _Piece.USER_DEFINED
+            if piece.type == Piece.CONTROL:
+                piece.type = Piece.USER_DEFINED
         return model.SerializeToString()
 
     @cached_property
@@ -222,10 +116,8 @@ class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
         return _processor(self._readable)
 
     @cached_property
-    def tf_tokenizer(self) -> tensorflow_text.SentencepieceTokenizer:  # type: ignore[override]
-        """One TensorFlow tokenizer for the whole process: SeqIO's builds one, with the whole model in its graph, for
-        every task.
-        """
+    def tf_tokenizer(self) -> tensorflow_text.SentencepieceTokenizer:
+        """One tokenizer for all graphs of the process: SeqIO makes one, with the whole model in it, for every task."""
         with tf.init_scope():
             return tensorflow_text.SentencepieceTokenizer(model=self.sp_model)
 
@@ -242,7 +134,7 @@ class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the vocabulary as one file, specials included."""
-        _write(path, self._model_proto.SerializeToString() if self._sentinels else self._bytes)
+        write_whole(path, self._model_proto.SerializeToString() if self._sentinels else self._bytes)
 
 
 class ByteVocabulary(SpecialTokens, seqio.Vocabulary):
@@ -258,21 +150,24 @@ class ByteVocabulary(SpecialTokens, seqio.Vocabulary):
         extra_tokens: Sequence[str] = (),
         where: str = "bytes",
     ):
-        names = _special_names(sentinels, languages, extra_tokens)
-        size = _round_up(3 + 256 + len(names))
+        names = special_names(sentinels, languages, extra_tokens)
+        size = round_up_size(3 + 256 + len(names))
         self.where = where
-        self.specials = {name: size - len(names) + i for i, name in enumerate(names)}
+        self._specials = {name: size - len(names) + i for i, name in enumerate(names)}
         self._size = size
         super().__init__()
 
+    def __reduce__(self):
+        return type(self), (0, (), tuple(self._specials), self.where)  # cached tensors stay behind
+
+    @property
+    def specials(self) -> dict[str, int]:
+        return self._specials
+
     @cached_property
     def _json(self) -> str:
-        return (
-            json.dumps(
-                {"type": "bytes", "size": self._size, "specials": list(self.specials)}, ensure_ascii=False, indent=1
-            )
-            + "\n"
-        )
+        content = {"type": "bytes", "size": self._size, "specials": list(self.specials)}
+        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "ByteVocabulary":
@@ -294,7 +189,7 @@ class ByteVocabulary(SpecialTokens, seqio.Vocabulary):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the vocabulary as one file."""
-        _write(path, self._json.encode())
+        write_whole(path, self._json.encode())
 
     @property
     def bos_id(self) -> int | None:
@@ -313,7 +208,7 @@ class ByteVocabulary(SpecialTokens, seqio.Vocabulary):
         return self._size
 
     @cached_property
-    def _texts(self) -> list[str]:
+    def texts(self) -> list[str]:
         pieces = [chr(b) if b < 128 else "" for b in range(256)]
         return [""] * 3 + ["▁" if p == " " else p for p in pieces] + [""] * (self._size - 259)
 
@@ -374,25 +269,17 @@ def check_same_vocabulary(a: Vocabulary | str, b: Vocabulary | str, where_a: str
         )
 
 
-def _special_names(sentinels: int, languages: Sequence[str], extra_tokens: Sequence[str]) -> list[str]:
-    codes = list(dict.fromkeys(language(code).code for code in languages))
-    names = [*extra_tokens, *(f"<2{code}>" for code in codes), *(f"<extra_id_{n}>" for n in reversed(range(sentinels)))]
-    if len(set(names)) != len(names):
-        raise ValueError(f"special tokens given twice: {sorted({n for n in names if names.count(n) > 1})}")
-    return names
-
-
 def _processor(serialized: bytes) -> SentencePieceProcessor:
     processor = SentencePieceProcessor()
     processor.LoadFromSerializedProto(serialized)
     return processor
 
 
-def _round_up(size: int) -> int:
+def round_up_size(size: int) -> int:
     return -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
 
 
-def _write(path: str | os.PathLike, content: bytes) -> None:
+def write_whole(path: str | os.PathLike, content: bytes) -> None:
     temporary = f"{os.fspath(path)}.partial"  # a reader never sees half a vocabulary
     with open(temporary, "wb") as file:
         file.write(content)

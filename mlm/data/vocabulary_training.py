@@ -4,18 +4,13 @@ import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from mlm.data.vocabulary import (
-    EXTRA_TOKENS,
-    SentencePieceVocabulary,
-    _Piece,
-    _round_up,
-    _special_names,
-    _write,
-)
+from mlm.data.special_tokens import EXTRA_TOKENS, special_names
+from mlm.data.vocabulary import Piece, SentencePieceVocabulary, round_up_size, write_whole
 from mlm.registry import Registry
 from mlm.types import EOS_ID, PAD_ID, UNK_ID
 
@@ -50,15 +45,15 @@ def train_vocabulary(
     """
     if sentinels < 100:
         raise ValueError(f"sentinels={sentinels}: span corruption needs 100 at least (T5's number)")
-    names = _special_names(sentinels, languages, extra_tokens)
-    size = _round_up(size)
+    names = special_names(sentinels, languages, extra_tokens)
+    size = round_up_size(size)
     pieces = size - len(names)
     least = 3 + 256 + 64
     if pieces < least:
         raise ValueError(
             f"size={size} leaves {pieces} ids for text after {len(names)} special tokens ({sentinels} sentinels, "
             f"{len(languages)} languages), at least {least} are needed (3 + 256 bytes + letters); nearest size that "
-            f"works: {_round_up(least + len(names))}"
+            f"works: {round_up_size(least + len(names))}"
         )
     text = _Lines(lines)
     model = io.BytesIO()
@@ -85,14 +80,14 @@ def train_vocabulary(
         )
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
     for n in range(pieces - len(proto.pieces)):
-        proto.pieces.add(piece=f"<unused_{n}>", score=0.0, type=_Piece.CONTROL)
+        proto.pieces.add(piece=f"<unused_{n}>", score=0.0, type=Piece.CONTROL)
     for name in names:
-        proto.pieces.add(piece=name, score=0.0, type=_Piece.CONTROL)
+        proto.pieces.add(piece=name, score=0.0, type=Piece.CONTROL)
     proto.trainer_spec.vocab_size = size
     proto.normalizer_spec.name = normalization
     proto.normalizer_spec.ClearField("normalization_rule_tsv")  # a path in a temporary folder
     assert len(proto.pieces) == size, (len(proto.pieces), size)
-    _write(path, proto.SerializeToString(deterministic=True))
+    write_whole(path, proto.SerializeToString(deterministic=True))
     return SentencePieceVocabulary(path)
 
 
@@ -102,7 +97,7 @@ SPACES = (
 )
 
 
-def _normalization(name: str, folder: str) -> dict[str, str]:
+def _normalization(name: str, folder: str) -> dict[str, Any]:
     if name != "whitespace":
         return {"normalization_rule_name": name}
     path = os.path.join(folder, "rules.tsv")
