@@ -196,7 +196,7 @@ class _Shard:
             tasks, needed = np.unique(ahead, return_counts=True)
             self._fetch([self._reader(t) for t in tasks.tolist()], needed.tolist())
             self._fetched_to = (block + 1) * BLOCK
-        reader = self._reader(int(_pick(ends, self._uniform[place])))
+        reader = self._reader(int(_pick(ends, self._uniform[place : place + 1])[0]))
         if not reader.ready:  # the rates have changed since the block was fetched
             self._fetch([reader], [1])
         self.draws += 1

@@ -3,9 +3,10 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Resumable(Protocol):
     """What can be read ahead: batches, a cheap snapshot of the place after each, and the snapshot as bytes."""
 

@@ -187,7 +187,7 @@ def check_features(task: seqio.Task, features) -> None:
     if missing := {"inputs", "targets", "language"} - set(features):
         raise ValueError(
             f"task {task.name!r} has no feature {', '.join(sorted(missing))}; every example carries inputs, targets and the "
-            "id of its language: add a preprocessor such as mlm.data.registration.tag('sw')"
+            "id of its language: add the preprocessor partial(mlm.data.preprocessors.add_ids, language='sw', task=0)"
         )
 
 

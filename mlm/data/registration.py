@@ -112,10 +112,10 @@ def add_task(
 
 
 def features(vocabulary: Vocabulary) -> dict[str, seqio.Feature]:
-    """What every example of this project carries: token ids, and the ids of its languages and task."""
+    """The `output_features` of every task: token ids, and the ids of its language and task. SeqIO mixes only tasks with equal ones."""
     number = seqio.Feature(seqio.PassThroughVocabulary(2**31 - 1), add_eos=False, rank=0, dtype=tf.int32)
     tokens = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
-    return {"inputs": tokens, "targets": tokens, "language": number, "inputs_language": number, "task": number}
+    return {"inputs": tokens, "targets": tokens, "language": number, "task": number}
 
 
 @functools.cache
@@ -127,12 +127,6 @@ def default_vocabulary() -> ByteVocabulary:
 def slug(code: str) -> str:
     """A language's part of a task name: our code with `_` for `-`."""
     return language(code).code.replace("-", "_")
-
-
-def tag(code: str) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
-    """A SeqIO preprocessor that gives every example the id of its language; for tasks with preprocessors of their own."""
-    number = language_id(code)
-    return lambda dataset: dataset.map(lambda example: {**example, "language": tf.constant(number, tf.int32)})
 
 
 # Mixtures.

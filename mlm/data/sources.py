@@ -10,6 +10,7 @@ text of its language is dropped.
 
 import dataclasses
 import functools
+import glob
 import gzip
 import hashlib
 import logging
@@ -286,7 +287,7 @@ class PublishedSource(seqio.DataSource):
     def _paths(self, split: str) -> list[list[str]]:
         patterns = self._layout.files[split]
         root = Path(os.environ.get("DATA_ROOT", "data"))
-        found = [sorted(str(p) for p in root.glob(pattern)) for pattern in patterns]
+        found = [sorted(glob.glob(str(root / pattern))) for pattern in patterns]
         for pattern, paths in zip(patterns, found, strict=True):
             if not paths:
                 tried = f" and not prepared as {self._tfds!r} in $TFDS_DATA_DIR" if self._tfds else ""
