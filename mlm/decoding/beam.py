@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mlm.decoding.ranking import top_k
 from mlm.decoding.state import DEAD, NEG_INF, Choice, Decoded, State
 from mlm.types import EOS_ID
 
@@ -59,7 +60,7 @@ class Beam:
 
         token, parent, log_prob = self._candidates(logits, processed, state)
         ended = token == EOS_ID
-        live_log_prob, order = jax.lax.top_k(log_prob + NEG_INF * ended, beams)
+        live_log_prob, order = top_k(log_prob + NEG_INF * ended, beams)
         tokens = _take(state.tokens.reshape(*done.shape, beams, -1), parent)
         tokens = jnp.where(jnp.arange(tokens.shape[-1])[None, None] == length[:, None, None], token[..., None], tokens)
         scores = jnp.where(ended & (log_prob > DEAD), log_prob / self._penalty(length + 1)[:, None], NEG_INF)
@@ -99,14 +100,14 @@ class Beam:
         The best 2K of a group are among the best 2K of its beams, so nothing of size K·V is built or sorted.
         """
         beams, wide = self.group, min(2 * self.group, logits.shape[-1])
-        value, token = jax.lax.top_k(processed, wide)  # R 2K
+        value, token = top_k(processed, wide)
         value = value - jax.nn.logsumexp(logits, axis=-1)[:, None] + state.log_prob[:, None]
-        log_prob, index = jax.lax.top_k(value.reshape(-1, beams * wide), min(2 * beams, beams * wide))
+        log_prob, index = top_k(value.reshape(-1, beams * wide), 2 * beams)
         return _take(token.reshape(-1, beams * wide), index), index // wide, log_prob
 
     def _best(self, old: Finished, new: Finished) -> Finished:
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
-        _, order = jax.lax.top_k(both.scores, self.group)
+        _, order = top_k(both.scores, self.group)
         return jax.tree.map(lambda x: _take(x, order), both)
 
     def _penalty(self, length: Array) -> Array:

@@ -8,6 +8,9 @@ from jax.sharding import NamedSharding
 
 from mlm.types import EOS_ID, PAD_ID
 
+Ints = Sequence[int] | np.ndarray
+TokenLists = Sequence[Ints] | np.ndarray  # one sequence of tokens per example, of any lengths
+
 
 def bucket(size: int, smallest: int = 8) -> int:
     """The next of smallest·{1, 1.5, 2, 3, 4, 6, 8, …}: at most a third of it is padding.
@@ -22,7 +25,7 @@ def bucket(size: int, smallest: int = 8) -> int:
     return middle if power > smallest and size <= middle and power % 4 == 0 else power
 
 
-def pad(sequences: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:
+def pad(sequences: TokenLists, rows: int, width: int) -> np.ndarray:
     """int32 [rows, width]: one sequence per row, then PAD; a row that only fills up holds a lone EOS."""
     padded = np.full((rows, width), PAD_ID, np.int32)
     padded[len(sequences) :, 0] = EOS_ID
@@ -31,7 +34,7 @@ def pad(sequences: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray
     return padded
 
 
-def fill(values: Sequence[int], rows: int, default: int) -> np.ndarray:
+def fill(values: Ints, rows: int, default: int) -> np.ndarray:
     """int32 [rows]: the values, then `default`."""
     return np.concatenate([np.asarray(values, np.int32), np.full(rows - len(values), default, np.int32)])
 
@@ -43,13 +46,13 @@ def shards(rows: NamedSharding | None) -> int:
     return math.prod(rows.mesh.shape[name] for name in names)
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
+def batches(lengths: Ints, batch_size: int) -> list[np.ndarray]:
     """Indices in groups of at most `batch_size`, similar lengths together, longest first (so memory fails at once)."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def check_tokens(kind: str, sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
+def check_tokens(kind: str, sequences: TokenLists, vocab_size: int) -> None:
     """Raises ValueError for an empty sequence and for ids that the model has no row for."""
     for index, sequence in enumerate(sequences):
         if not len(sequence):

@@ -1,14 +1,12 @@
 """Sources in, decoded tokens out: batches, pads to few shapes, compiles once per shape, returns host arrays."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from mlm.decoding.buckets import batches, bucket, check_tokens, fill, pad, shards
+from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens, fill, pad, shards
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.loop import decode
 from mlm.decoding.state import NEG_INF, Decoded
@@ -36,11 +34,11 @@ class Generator:
     def __call__(
         self,
         params: Params,
-        sources: Sequence[Sequence[int]],
+        sources: TokenLists,
         *,
-        prompts: Sequence[Sequence[int]] | None = None,
-        limits: Sequence[int] | None = None,
-        ids: Sequence[int] | None = None,
+        prompts: TokenLists | None = None,
+        limits: Ints | None = None,
+        ids: Ints | None = None,
     ) -> Decoded:
         """Results in the order of `sources`, as NumPy arrays; see `Decoded`, and `decode` for the options.
 

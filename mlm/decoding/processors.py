@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mlm.decoding.ranking import top_k as largest
 from mlm.decoding.state import NEG_INF, Processor, State
 from mlm.registry import Registry
 from mlm.types import EOS_ID
@@ -35,7 +36,7 @@ def top_k(count: int) -> Processor:
     """Keeps the `count` most probable tokens, and those that tie with the last of them."""
 
     def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
-        threshold = jax.lax.top_k(logits, min(count, logits.shape[-1]))[0][:, -1:]
+        threshold = largest(logits, count)[0][:, -1:]
         return jnp.where(logits >= threshold, logits, NEG_INF)
 
     return process

@@ -1,6 +1,5 @@
 """Exact log-probabilities of given targets: one teacher-forced pass, the vocabulary in chunks of positions."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from mlm.decoding.buckets import batches, bucket, check_tokens, fill, pad, shards
+from mlm.decoding.buckets import TokenLists, batches, bucket, check_tokens, fill, pad, shards
 from mlm.decoding.state import token_log_prob
 from mlm.models.transformer import Transformer
 from mlm.types import PAD_ID, Hidden, Params, Tokens
@@ -41,7 +40,7 @@ class Scorer:
         self._chunk = chunk
         self._run = jax.jit(self._score)
 
-    def __call__(self, params: Params, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Scores:
+    def __call__(self, params: Params, sources: TokenLists, targets: TokenLists) -> Scores:
         """Scores in the order given. A target is scored as it stands: append EOS for the probability of ending there.
 
         Raises ValueError for unequal counts, an empty sequence or a token outside the vocabulary.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mlm.decoding.ranking import first_max, top_k
 from mlm.decoding.state import Choice, Decoded, State, token_log_prob
 from mlm.types import EOS_ID
 
@@ -20,7 +21,7 @@ class Greedy:
         return jnp.zeros(ids.shape, jnp.float32), ()
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
-        return _extend(state, logits, jnp.argmax(processed, axis=-1).astype(jnp.int32))
+        return _extend(state, logits, first_max(processed))
 
     def finish(self, state: State) -> Decoded:
         return _by_score(state, self.group)
@@ -46,7 +47,7 @@ class Sample:
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
         keys = jax.vmap(jax.random.fold_in)(state.search, state.length)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, processed.shape[1:]))(keys)
-        return _extend(state, logits, jnp.argmax(processed + noise, axis=-1).astype(jnp.int32))
+        return _extend(state, logits, first_max(processed + noise))
 
     def finish(self, state: State) -> Decoded:
         return _by_score(state, self.group)
@@ -58,6 +59,6 @@ def _extend(state: State, logits: Array, token: Array) -> Choice:
 
 def _by_score(state: State, group: int) -> Decoded:
     """Groups the rows by example, best total log-probability first."""
-    scores, order = jax.lax.top_k(state.log_prob.reshape(-1, group), group)
+    scores, order = top_k(state.log_prob.reshape(-1, group), group)
     rows = jnp.arange(order.shape[0])[:, None] * group + order
     return Decoded(state.tokens[rows], scores, state.length[rows], state.passes)

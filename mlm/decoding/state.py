@@ -8,7 +8,7 @@ rolled back by not counting it.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ class Decoded(NamedTuple):
     passes: Int[Array, ""]  # decoder passes made by the loop, the prompt's not counted
 
 
+@runtime_checkable
 class Selector(Protocol):
     """Chooses the next token of every row from logits. Hashable, so that compiled functions are reused."""
 

@@ -1,0 +1,107 @@
+"""Beam search against the same rules in slow Python, and against the enumeration of every sequence."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from mlm.decoding.config import DecodeConfig
+from mlm.decoding.generate import Generator
+from mlm.decoding.state import NEG_INF
+
+EOS = 1
+
+
+def reference(tiny, source, beams, alpha, length, prompt=(), early_stop=True):
+    """[(score, tokens)], best first: 2K candidates, K finished places, brevity penalty, live fallback."""
+
+    def penalty(n):
+        return ((5.0 + n) / 6.0) ** alpha
+
+    live, finished = [(0.0, list(prompt))], []
+    while len(live[0][1]) < length:
+        candidates = [
+            (score + log_prob, [*tokens, token])
+            for score, tokens in live
+            for token, log_prob in enumerate(tiny.log_probs(source, tokens))
+        ]
+        candidates = sorted(candidates, key=lambda c: -c[0])[: 2 * beams]
+        finished += [(score / penalty(len(tokens)), tokens) for score, tokens in candidates if tokens[-1] == EOS]
+        finished = sorted(finished, key=lambda c: -c[0])[:beams]
+        live = [c for c in candidates if c[1][-1] != EOS][:beams]
+        if early_stop and len(finished) == beams and finished[-1][0] > live[0][0] / penalty(length):
+            break
+    return finished or live
+
+
+def same(decoded, i, expected):
+    for j, (score, tokens) in enumerate(expected[: decoded.scores.shape[1]]):
+        assert list(decoded.tokens[i, j, : decoded.lengths[i, j]]) == tokens
+        np.testing.assert_allclose(decoded.scores[i, j], score, atol=1e-4)
+    for j in range(len(expected), decoded.scores.shape[1]):
+        assert decoded.lengths[i, j] == 0
+        assert decoded.scores[i, j] == NEG_INF
+
+
+@pytest.mark.parametrize(("beams", "alpha"), [(1, 0.6), (2, 0.0), (2, 0.6), (4, 0.6), (4, 2.0)])
+def test_equals_the_rules_in_python(tiny, sources, beams, alpha):
+    config = DecodeConfig(method="beam", beams=beams, alpha=alpha, n_best=beams, max_length=7)
+    out = Generator(tiny.model, config)(tiny.params, sources)
+    for i, source in enumerate(sources):
+        expected = reference(tiny, source, beams, alpha, 7)
+        same(out, i, expected)
+        # The early stop loses nothing: searching to the end finds the same.
+        assert expected == reference(tiny, source, beams, alpha, 7, early_stop=False)
+
+
+def test_ragged_prompts_and_limits(tiny, sources):
+    prompts = [[7], [], [2, 1, 9, 4], [3, 3], [8, 1], [5], [6, 7, 8, 9, 10], [11]]
+    limits = [7, 2, 7, 3, 6, 2, 6, 1 + 1]
+    config = DecodeConfig(method="beam", beams=2, n_best=2, max_length=7)
+    out = Generator(tiny.model, config)(tiny.params, sources, prompts=prompts, limits=limits)
+    unfinished = 0
+    for i, source in enumerate(sources):
+        expected = reference(tiny, source, 2, 0.6, limits[i], prompts[i])
+        same(out, i, expected)
+        unfinished += expected[0][1][-1] != EOS
+    assert unfinished  # the fallback to live hypotheses is covered
+
+
+def test_wide_enough_beams_find_the_best_of_all_sequences(make_tiny):
+    """V = 5, T = 4: 4 + 16 + 64 prefixes; K = 64 beams keep every one alive."""
+    tiny = make_tiny(5, 4, seed=1)
+    source, alpha = [3, 4, 1], 0.6
+    others = [t for t in range(5) if t != EOS]
+    ended = [[*head, EOS] for n in range(4) for head in itertools.product(others, repeat=n)]
+    scores = [tiny.total(source, tokens) / ((5 + len(tokens)) / 6) ** alpha for tokens in ended]
+    config = DecodeConfig(method="beam", beams=64, alpha=alpha, n_best=3, max_length=4)
+    out = Generator(tiny.model, config)(tiny.params, [source])
+    best = sorted(zip(scores, ended, strict=True), reverse=True)[:3]
+    same(out, 0, best)
+
+
+def test_a_larger_alpha_prefers_longer_results(tiny, sources):
+    lengths = []
+    for alpha in (0.0, 1.0, 4.0):
+        config = DecodeConfig(method="beam", beams=4, alpha=alpha, max_length=10)
+        lengths.append(Generator(tiny.model, config)(tiny.params, sources).lengths.mean())
+    assert lengths == sorted(lengths)
+    assert lengths[-1] > lengths[0]
+
+
+def test_min_length_forbids_an_early_end_and_leaves_scores_alone(tiny, sources):
+    config = DecodeConfig(method="beam", beams=4, min_length=5, max_length=8)
+    out = Generator(tiny.model, config)(tiny.params, sources)
+    for i, source in enumerate(sources):
+        tokens = list(out.tokens[i, 0, : out.lengths[i, 0]])
+        assert len(tokens) >= 5
+        penalty = ((5 + len(tokens)) / 6) ** 0.6 if tokens[-1] == EOS else 1.0
+        assert math.isclose(out.scores[i, 0], tiny.total(source, tokens) / penalty, abs_tol=1e-4)
+
+
+def test_the_search_stops_when_nothing_can_improve(tiny, sources):
+    config = DecodeConfig(method="beam", beams=1, alpha=0.0, max_length=10)
+    generator = Generator(tiny.model, config)
+    passes = [int(generator(tiny.params, [source]).passes) for source in sources]
+    assert min(passes) < 10

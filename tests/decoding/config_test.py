@@ -1,0 +1,57 @@
+"""A config refuses what its method would ignore and what no decode can mean."""
+
+import pytest
+
+from mlm.decoding.beam import Beam
+from mlm.decoding.config import METHODS, DecodeConfig
+from mlm.decoding.processors import PROCESSORS
+from mlm.decoding.selectors import Greedy, Sample
+
+
+def test_every_method_builds_its_selector():
+    assert DecodeConfig().selector() == Greedy()
+    assert DecodeConfig(method="sample", n_best=3, seed=4).selector() == Sample(3, 4)
+    assert DecodeConfig(method="beam", beams=5, alpha=1.0, n_best=2).selector() == Beam(5, 1.0, 2)
+    assert all(method.summary for method in METHODS.values())
+
+
+def test_only_what_is_switched_on_is_processed():
+    assert DecodeConfig().processors() == ()
+    assert len(DecodeConfig(method="sample", top_k=5, top_p=0.9, temperature=0.5, min_p=0.1).processors()) == 4
+    assert len(DecodeConfig(method="beam", min_length=3).processors()) == 1
+
+
+def test_options_name_fields():
+    fields = DecodeConfig.__dataclass_fields__
+    assert set(PROCESSORS) <= set(fields)
+    assert {option for method in METHODS.values() for option in method.options} <= set(fields)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "sample", "temperature": 0.0}, "use method='greedy'"),
+        ({"method": "sample", "temperature": -1.0}, "above 0"),
+        ({"temperature": 0.7}, "means nothing to method='greedy'"),
+        ({"beams": 5}, r"choose one of \['beam'\]"),
+        ({"n_best": 2}, r"choose one of \['sample', 'beam'\]"),
+        ({"method": "beam", "top_k": 5}, "means nothing to method='beam'"),
+        ({"method": "beam", "beams": 2, "n_best": 3}, "exceeds beams=2"),
+        ({"method": "beam", "beams": 0}, "at least 1"),
+        ({"method": "beam", "alpha": -0.5}, "at least 0"),
+        ({"method": "sample", "top_p": 0.0}, r"in \(0, 1\]"),
+        ({"method": "sample", "top_p": 95.0}, r"in \(0, 1\]"),
+        ({"method": "sample", "min_p": 1.5}, r"in \[0, 1\]"),
+        ({"method": "sample", "seed": -1}, "seed=-1"),
+        ({"max_length": 0}, "at least 1"),
+        ({"max_length": 10, "min_length": 11}, "exceeds max_length=10"),
+    ],
+)
+def test_nonsense_is_refused_with_the_rule(options, message):
+    with pytest.raises(ValueError, match=message):
+        DecodeConfig(**options)
+
+
+def test_unknown_method_is_answered_with_the_nearest():
+    with pytest.raises(KeyError, match="did you mean 'greedy'"):
+        DecodeConfig(method="gredy")

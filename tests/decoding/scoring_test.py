@@ -1,0 +1,54 @@
+"""Scores equal the token-by-token reference and what decoding itself reports."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mlm.decoding.config import DecodeConfig
+from mlm.decoding.generate import Generator
+from mlm.decoding.scoring import Scorer
+
+TARGETS = [[4, 1], [7, 8, 9, 1], [5], [3, 3, 3, 3, 1], [1], [2, 10, 1], [11, 1], [6, 5, 4, 3, 2, 1]]
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 24, 512])
+def test_equals_one_token_at_a_time(tiny, sources, chunk):
+    scores = Scorer(tiny.model, chunk=chunk)(tiny.params, sources, TARGETS)
+    for i, (source, target) in enumerate(zip(sources, TARGETS, strict=True)):
+        expected = [tiny.log_probs(source, target[:t])[token] for t, token in enumerate(target)]
+        np.testing.assert_allclose(scores.tokens[i, : len(target)], expected, atol=1e-5)
+        np.testing.assert_allclose(scores.totals[i], sum(expected), atol=1e-5)
+        assert not scores.tokens[i, len(target) :].any()
+    np.testing.assert_array_equal(scores.lengths, [len(t) for t in TARGETS])
+
+
+def test_batches_devices_and_neighbours_change_nothing(tiny, sources):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = Scorer(tiny.model)(tiny.params, sources, TARGETS)
+    parts = Scorer(tiny.model, batch_size=3)(tiny.params, sources, TARGETS)
+    spread = Scorer(tiny.model, rows=NamedSharding(mesh, P("data")))(tiny.params, sources, TARGETS)
+    np.testing.assert_allclose(whole.tokens, parts.tokens, atol=1e-5)
+    np.testing.assert_allclose(whole.tokens, spread.tokens, atol=1e-5)
+
+
+def test_decoding_reports_the_scores_of_what_it_returns(tiny, sources):
+    out = Generator(tiny.model, DecodeConfig(method="sample", top_k=4, max_length=8))(tiny.params, sources)
+    targets = [list(t[0, : n[0]]) for t, n in zip(out.tokens, out.lengths, strict=True)]
+    np.testing.assert_allclose(Scorer(tiny.model)(tiny.params, sources, targets).totals, out.scores[:, 0], atol=1e-4)
+
+
+def test_shapes_are_reused(tiny):
+    scorer = Scorer(tiny.model, batch_size=2)
+    for length in (1, 4, 8):
+        scorer(tiny.params, [[5] * length] * 4, [[6] * length] * 4)
+    assert scorer.compilations == 1
+
+
+def test_bad_input_is_refused(tiny):
+    scorer = Scorer(tiny.model)
+    with pytest.raises(ValueError, match="2 sources but 1 targets"):
+        scorer(tiny.params, [[4], [5]], [[4]])
+    with pytest.raises(ValueError, match="target 0 is empty"):
+        scorer(tiny.params, [[4]], [[]])
