@@ -1,0 +1,78 @@
+"""Text to text: predict every target token from the source and the targets before it. Denoising, translation, any row task."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float, Int
+
+from mlm.objectives.cross_entropy import head_cross_entropy
+from mlm.types import Batch, Hidden
+
+
+class Loss(NamedTuple):
+    """What an objective returns. Everything adds up over microbatches; the one division is by the global sum of weights.
+
+    sum: nats, weighted, with z-loss and smoothing: what is differentiated. weight: sum of the loss weights, in tokens.
+    metrics: name -> (sum, weight), scalars or one entry per language [L]; the metric is sum / weight.
+    """
+
+    sum: Float[Array, ""]
+    weight: Float[Array, ""]
+    metrics: dict[str, tuple[Array, Array]]
+
+
+def text_to_text(
+    hidden: Hidden,
+    kernel: Float[Array, "D V"],
+    batch: Batch,
+    *,
+    num_languages: int,
+    z_loss: float = 1e-4,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Loss:
+    """Cross-entropy of the decoder's final states against the target tokens. Options as in `head_cross_entropy`.
+
+    Metrics, each (sum, weight): nll and z_loss in nats per token, accuracy, padding (share of target positions without
+    weight), and per language id language_nll, language_target_tokens, language_source_tokens, language_examples. The last three
+    are counts: their weight is the count, their sum too. A target counts for its own language, a source token for its
+    own, an example for the language of its first target.
+    """
+    weights = batch["decoder_loss_weights"].astype(jnp.float32)
+    total, stats = head_cross_entropy(
+        hidden,
+        kernel,
+        batch["decoder_target_tokens"],
+        weights,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        chunk=chunk,
+        mesh=mesh,
+    )
+    weight = jnp.sum(weights)
+    targets = batch["decoder_language_ids"]
+    firsts = (batch["decoder_positions"] == 0) & (batch["decoder_segment_ids"] > 0)
+
+    def by_language(values: Array, languages: Int[Array, "B T"]) -> Float[Array, " L"]:
+        sums = jax.ops.segment_sum(values.reshape(-1), languages.reshape(-1), num_segments=num_languages)
+        return sums.astype(jnp.float32)
+
+    target_tokens = by_language(weights, targets)
+    source_tokens = by_language(batch["encoder_segment_ids"] > 0, batch["encoder_language_ids"])
+    examples = by_language(firsts, targets)
+    metrics = {
+        "nll": (jnp.sum(stats.nll * weights), weight),
+        "z_loss": (jnp.sum(z_loss * stats.log_z**2 * weights), weight),
+        "accuracy": (jnp.sum(stats.correct * weights), weight),
+        "padding": (jnp.sum(weights == 0.0).astype(jnp.float32), jnp.asarray(weights.size, jnp.float32)),
+        "language_nll": (by_language(stats.nll * weights, targets), target_tokens),
+        "language_target_tokens": (target_tokens, target_tokens),
+        "language_source_tokens": (source_tokens, source_tokens),
+        "language_examples": (examples, examples),
+    }
+    return Loss(total, weight, metrics)
