@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 Tokens = Int[Array, "B T"]
 SourceTokens = Int[Array, "B S"]
 Segments = Int[Array, "B T"]  # 1, 2, …: the example a token belongs to; 0: padding
+SourceSegments = Int[Array, "B S"]
 Weights = Float[Array, "B T"]  # 1: counts in the loss, 0: does not
 Hidden = Float[Array, "B T D"]
 SourceHidden = Float[Array, "B S D"]

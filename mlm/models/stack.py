@@ -14,7 +14,7 @@ from mlm.models.config import AttentionSpec, LayerSpec, StackConfig
 from mlm.models.functional import Template
 from mlm.models.layers import FeedForward, RMSNorm, dropout, parameter
 from mlm.models.positions import relative_bias
-from mlm.types import Constrain, Hidden, Params, PyTree, Segments, SourceHidden
+from mlm.types import Constrain, Hidden, Params, PyTree, Segments, SourceHidden, SourceSegments
 
 _STATES = ("batch", "length", "embed")  # logical axes of activations between sublayers
 _SAVED = {
@@ -148,7 +148,7 @@ class Stack:
         x: Hidden,
         segments: Segments,
         memory: SourceHidden | None,
-        memory_segments: Segments | None,
+        memory_segments: SourceSegments | None,
         key: Key[Array, ""] | None,
         constrain: Constrain,
     ) -> Hidden:

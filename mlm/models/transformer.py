@@ -12,7 +12,7 @@ from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
 from mlm.models.layers import parameter
 from mlm.models.stack import Stack
-from mlm.types import Batch, Constrain, Hidden, Logits, Params, PyTree, Segments, SourceHidden, SourceTokens
+from mlm.types import Batch, Constrain, Hidden, Logits, Params, PyTree, SourceHidden, SourceSegments, SourceTokens
 
 
 class Output(NamedTuple):
@@ -83,7 +83,11 @@ class Transformer:
         return Output(hidden, encoded)
 
     def encode(
-        self, params: Params, tokens: SourceTokens, segments: Segments | None = None, key: Key[Array, ""] | None = None
+        self,
+        params: Params,
+        tokens: SourceTokens,
+        segments: SourceSegments | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> SourceHidden:
         """Encoder states after the final norm. Without segments every token but padding (id 0) is one example."""
         if segments is None:

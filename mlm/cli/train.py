@@ -1,0 +1,312 @@
+"""`mlm train --gin_file=…`: from gin files to a trained model in a run directory. The same command resumes it."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlm.cli import configuration, screen
+from mlm.cli.main import Failed, UsageError
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code 0: complete, or stopped on request with everything saved. 1: failed. 2: wrong configuration."""
+    options = _parse(arguments)
+    from mlm.parallel import initialize_distributed
+
+    initialize_distributed()
+    bind_all()
+    resolved = configuration.resolve(options.gin_file, options.overrides)
+    for change in resolved.changes:
+        screen.say(f"set {change}")
+    try:
+        plan = _plan()
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(str(error.args[0]) if error.args else str(error)) from error
+    if options.run_dir:
+        plan = dataclasses.replace(plan, run_dir=options.run_dir)
+    if options.steps:
+        plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, steps=options.steps))
+    return pretrain(plan, resolved.text, dry_run=options.dry_run)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mlm train",
+        description="Train a model from gin files. Run it again to resume; a complete run says so.",
+        epilog="example: mlm train --gin_file=gin/runs/quickstart.gin --set data.batch_size=32 --run_dir=runs/mine",
+    )
+    parser.add_argument("--gin_file", action="append", required=True, metavar="FILE", help="may be repeated; later wins")
+    parser.add_argument("--run_dir", metavar="DIR", help="where the run lives (default: what the gin file says)")
+    parser.add_argument("--steps", type=int, metavar="N", help="same as --set train.steps=N")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME.PARAM=VALUE", dest="overrides", help="override one gin value"
+    )
+    parser.add_argument(
+        "--gin_bindings", action="append", default=[], metavar="BINDING", help="the same, in gin's own spelling"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, train nothing")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    # T5X users write --gin.NAME=VALUE.
+    dotted = [a.removeprefix("--gin.") for a in arguments if a.startswith("--gin.")]
+    options = parser.parse_args([a for a in arguments if not a.startswith("--gin.")])
+    options.overrides += options.gin_bindings + dotted
+    return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A whole training run as values. gin name: `run`.
+
+    optimizer: (parameter axes, shapes) -> optimizer; schedule: step -> learning rate. evaluation_rows: held-out rows
+    of every evaluation. report: write report.html when complete, and let the exit code say whether it passed.
+    """
+
+    model: Any
+    data: Any
+    train: Any
+    optimizer: Callable[..., Any]
+    schedule: Callable[[Any], Any]
+    run_dir: str
+    mesh: Any = None
+    checkpoints: Any = None
+    loop: Any = None
+    evaluation_split: str = "validation"
+    evaluation_rows: int = 256
+    task_modules: tuple[str, ...] = ()
+    report: bool = False
+
+
+def bind_all() -> None:
+    """Gives gin its names: one place, the whole vocabulary of a gin file."""
+    from mlm.checkpoints import CheckpointConfig
+    from mlm.data.pipeline import DataConfig
+    from mlm.models.presets import preset
+    from mlm.parallel import MeshConfig
+    from mlm.training.loop import LoopConfig
+    from mlm.training.optimizers import make_optimizer
+    from mlm.training.schedules import make_schedule
+    from mlm.training.trainer import TrainConfig
+
+    for name, target in {
+        "run": Plan,
+        "preset": preset,
+        "data": DataConfig,
+        "train": TrainConfig,
+        "optimizer": make_optimizer,
+        "schedule": make_schedule,
+        "mesh": MeshConfig,
+        "checkpoints": CheckpointConfig,
+        "loop": LoopConfig,
+    }.items():
+        configuration.bind(name, target)
+
+
+def _plan() -> Plan:
+    import gin
+
+    plan = gin.get_configurable("run")()
+    from mlm.checkpoints import CheckpointConfig
+    from mlm.parallel import MeshConfig
+    from mlm.training.loop import LoopConfig
+
+    defaults = {"mesh": MeshConfig, "checkpoints": CheckpointConfig, "loop": LoopConfig}
+    missing = {name: make() for name, make in defaults.items() if getattr(plan, name) is None}
+    return dataclasses.replace(plan, **missing)
+
+
+def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
+    """Builds everything, checks it before compiling, restores what is there, trains, and reports."""
+    import jax
+
+    from mlm.checkpoints import Checkpointer
+    from mlm.checkpoints.run_directory import RunDirectory
+    from mlm.data.languages import LANGUAGES
+    from mlm.data.pipeline import BatchIterator
+    from mlm.data.prefetch import Prefetcher
+    from mlm.data.registration import load_tasks
+    from mlm.models.flops import training_flops
+    from mlm.parallel import data_layout, describe, make_mesh
+    from mlm.parallel.peaks import peak_flops
+    from mlm.training.loop import fit
+    from mlm.training.metrics import MetricWriter, TokenCounter
+    from mlm.training.trainer import Trainer
+
+    try:
+        mesh = make_mesh(plan.mesh)
+        trainer = Trainer(plan.model, plan.train, plan.optimizer, mesh, len(LANGUAGES))
+        trainer.check_batch(plan.data.batch_size)
+        layout = data_layout(mesh)
+        directory = RunDirectory(plan.run_dir)
+        data = _vocabulary_of_the_run(plan.data, directory)
+        with screen.working("preparing the data …"):
+            load_tasks(*plan.task_modules)
+            rows = BatchIterator(data, layout.index, layout.count)
+        _check_vocabulary(plan, rows.vocabulary)
+    except (ValueError, KeyError) as error:
+        raise UsageError(str(error.args[0]) if error.args else str(error)) from error
+
+    count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract.params))
+    screen.say(f"model: {count:,} parameters; mesh: {describe(mesh)['summary']}; data: {data.mixture}")
+    if dry_run:
+        with screen.working("compiling …"):
+            memory = _compiled_memory(trainer, rows)
+        screen.say(f"dry run: {plan.train.steps} steps into {directory.path}; {memory}; nothing was trained")
+        return 0
+
+    directory.create()
+    checkpointer = Checkpointer(str(directory.checkpoints), plan.checkpoints)
+    start = checkpointer.latest() or 0
+    if start:
+        restored = checkpointer.restore(None, trainer.abstract)
+        for step, reason in restored.skipped:
+            screen.say(f"checkpoint {step} is damaged ({reason}); going back to step {restored.step}")
+        state, start, extra = restored.state, restored.step, restored.extra
+        rows.restore(restored.data_states)
+        screen.say(f"resuming {directory.path} at step {start}")
+    else:
+        state, extra = trainer.init(), {}
+    if jax.process_index() == 0:
+        _describe_run(plan, directory, trainer, rows, config_text, start)
+
+    if start < plan.train.steps:
+        with MetricWriter(directory.path, [language.code or "-" for language in LANGUAGES], start) as writer:
+            with screen.TrainingScreen(plan.train.steps, start) as observer:
+                outcome = fit(
+                    trainer,
+                    Prefetcher(rows),
+                    checkpointer=checkpointer,
+                    writer=writer,
+                    observer=observer,
+                    loop=plan.loop,
+                    counter=TokenCounter(len(LANGUAGES), extra.get("tokens_seen")),
+                    state=state,
+                    start=start,
+                    schedule=plan.schedule,
+                    evaluations={plan.evaluation_split: lambda: _held_out(plan, data, layout)},
+                    language_info=_language_info(rows),
+                    flops_per_step=training_flops(
+                        plan.model, data.batch_size, data.inputs_length, data.targets_length
+                    ),
+                    peak_flops=peak_flops(),
+                )
+        checkpointer.close()
+        if outcome.interrupted:
+            screen.say(f"stopped at step {outcome.step}, everything is saved; the same command resumes:")
+            screen.say(f"  mlm train {' '.join(_command())}")
+            return 0
+        screen.say(f"complete: {outcome.step} steps in {directory.path}")
+    else:
+        checkpointer.close()
+        screen.say(f"{directory.path} is complete: {start} of {plan.train.steps} steps")
+    return _report(plan, directory)
+
+
+def _command() -> list[str]:
+    import shlex
+    import sys
+
+    return [shlex.quote(argument) for argument in sys.argv[2:]]
+
+
+def _vocabulary_of_the_run(data: Any, directory: Any) -> Any:
+    """The data config reading the run directory's own vocabulary file, which is copied there by the first start.
+
+    A run that already has one must be continued with the same: raises ValueError naming both hashes.
+    """
+    from mlm.data.vocabulary import check_same_vocabulary, load_vocabulary
+
+    configured = data.load_vocabulary()
+    own = next((p for p in (directory / "vocabulary.model", directory / "vocabulary.json") if p.exists()), None)
+    if own is not None:
+        check_same_vocabulary(configured, load_vocabulary(str(own)), "the configuration", f"the run at {directory.path}")
+        return dataclasses.replace(data, vocabulary=str(own))
+    return data
+
+
+def _check_vocabulary(plan: Plan, vocabulary: Any) -> None:
+    size = plan.model.vocab_size
+    if vocabulary.vocab_size > size:
+        raise ValueError(
+            f"the vocabulary has {vocabulary.vocab_size:,} ids but the model only {size:,}: "
+            f"set preset.vocab_size={vocabulary.vocab_size}"
+        )
+
+
+def _held_out(plan: Plan, data: Any, layout: Any) -> Iterator[Mapping[str, Any]]:
+    """The same held-out rows at every evaluation, in any number of processes."""
+    from mlm.data.pipeline import BatchIterator
+
+    config = dataclasses.replace(data, split=plan.evaluation_split, seed=0, stages=(), steps=None)
+    batches = BatchIterator(config, layout.index, layout.count)
+    for _ in range(max(1, plan.evaluation_rows // data.batch_size)):
+        yield next(batches)
+
+
+def _language_info(rows: Any) -> dict[int, dict[str, float]]:
+    """language id -> {"rate": share of drawn examples} at the start of the run."""
+    from mlm.data.registration import get, owner
+
+    info: dict[int, dict[str, float]] = {}
+    from mlm.data.languages import language_id
+
+    for task, rate in zip(rows.tasks, rows.rates.at(0), strict=True):
+        index = language_id(owner(get(task)))
+        info.setdefault(index, {"rate": 0.0})["rate"] += float(rate)
+    return info
+
+
+def _compiled_memory(trainer: Any, rows: Any) -> str:
+    from mlm.parallel import global_batch
+
+    compiled = trainer.step.lower(trainer.abstract, global_batch(next(rows), trainer.mesh)).compile()
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return "memory unknown on this platform"
+    size = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return f"{screen.amount(size)}B per device"
+
+
+def _describe_run(plan: Plan, directory: Any, trainer: Any, rows: Any, config_text: str, start: int) -> None:
+    """Everything a later reader needs, beside the checkpoints."""
+    from mlm.checkpoints import versions
+    from mlm.models.config import to_json
+    from mlm.parallel import describe, parameter_table
+
+    directory.write("config.gin", config_text)
+    directory.write_json("model.json", to_json(plan.model))
+    directory.write_json("versions.json", versions())
+    directory.write_json("mesh.json", describe(trainer.mesh))
+    axes, placed = trainer.model.axes(), trainer.shardings.params
+    directory.write("parameters.txt", "\n".join(parameter_table(trainer.model.shapes(), axes, placed)) + "\n")
+    name = "vocabulary.json" if rows.vocabulary.where == "bytes" or rows.vocabulary.where.endswith(".json") else "vocabulary.model"
+    if not (directory / name).exists():
+        temporary = Path(f"{directory / name}.tmp")
+        rows.vocabulary.save(temporary)
+        temporary.replace(directory / name)
+    directory.write_json(
+        "data.json",
+        {
+            "mixture": plan.data.mixture,
+            "inputs_length": plan.data.inputs_length,
+            "targets_length": plan.data.targets_length,
+            "vocabulary": name,
+            "vocabulary_digest": rows.vocabulary.digest,
+            "evaluation_split": plan.evaluation_split,
+            "task_modules": list(plan.task_modules),
+        },
+    )
+
+
+def _report(plan: Plan, directory: Any) -> int:
+    if not plan.report:
+        return 0
+    from mlm.cli.report import write_report
+
+    verdict = write_report(directory.path)
+    screen.say(verdict.text)
+    if not verdict.passed:
+        raise Failed("the trained model does not beat its baselines; see the report")
+    return 0

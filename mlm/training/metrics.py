@@ -1,0 +1,140 @@
+"""Metrics on the host: sums kept in float64, means computed once, written as JSON lines and TensorBoard events."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlm.training.step import Metrics
+
+# Sums of [L] arrays, one entry per language id.
+LANGUAGE_NLL = "language_nll"
+LANGUAGE_SOURCE = "language_source_tokens"
+
+
+class Meter:
+    """Running sums of the metrics of several steps. (sum, weight) pairs add up; scalars keep their last value."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.last: dict[str, float] = {}
+        self.steps = 0
+
+    def add(self, metrics: Metrics) -> None:
+        """Fetches the metrics of one step (waits for it) and adds them."""
+        self.steps += 1
+        for name, value in jax.device_get(dict(metrics)).items():
+            if isinstance(value, tuple):
+                old = self.sums.get(name, (0.0, 0.0))
+                self.sums[name] = tuple(a + np.asarray(b, np.float64) for a, b in zip(old, value, strict=True))
+            else:
+                self.last[name] = float(value)
+
+    def means(self) -> dict[str, float]:
+        """name -> sum / weight for the pairs without an axis, and the last scalars. Empty weights give no entry."""
+        pairs = {n: s / w for n, (s, w) in self.sums.items() if np.ndim(s) == 0 and w > 0}
+        return {n: float(v) for n, v in pairs.items()} | self.last
+
+    def languages(self) -> dict[int, tuple[float, int]]:
+        """language id -> (mean loss in nats per target token, target tokens), for the languages seen."""
+        if LANGUAGE_NLL not in self.sums:
+            return {}
+        nll, tokens = self.sums[LANGUAGE_NLL]
+        return {int(i): (float(nll[i] / tokens[i]), int(tokens[i])) for i in np.flatnonzero(tokens)}
+
+
+class TokenCounter:
+    """Exact tokens seen per language since the run began: source and target, int64, part of every checkpoint."""
+
+    def __init__(self, languages: int, seen: Mapping[str, int] | None = None):
+        self.counts = np.zeros(languages, np.int64)
+        for index, count in (seen or {}).items():
+            self.counts[int(index)] = count
+
+    def add(self, metrics: Metrics) -> None:
+        for name in (LANGUAGE_NLL, LANGUAGE_SOURCE):
+            if name in metrics:
+                value = metrics[name]
+                counts = value[1] if isinstance(value, tuple) else value
+                self.counts += np.rint(np.asarray(jax.device_get(counts), np.float64)).astype(np.int64)
+
+    def to_json(self) -> dict[str, int]:
+        return {str(i): int(self.counts[i]) for i in np.flatnonzero(self.counts)}
+
+
+class MetricWriter:
+    """metrics.jsonl and TensorBoard events below a run directory; only the first process writes.
+
+    Lines after `resume_step` are dropped on opening: they belong to steps that a killed run will take again.
+    """
+
+    def __init__(self, directory: Path, languages: Sequence[str], resume_step: int):
+        self._codes = languages
+        self._path = directory / "metrics.jsonl"
+        self._events: Any = None
+        self._lines: Any = None
+        if jax.process_index() == 0:
+            from tensorboardX import SummaryWriter
+
+            _truncate(self._path, resume_step)
+            self._lines = open(self._path, "a", buffering=1)
+            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(
+        self, kind: str, step: int, scalars: Mapping[str, float], languages: Mapping[int, Mapping[str, float]] | None = None
+    ) -> None:
+        """One line {"kind", "step", scalars…, "languages": {code: {...}}}, and the same as events."""
+        if self._lines is None:
+            return
+        named = {self._codes[i]: dict(values) for i, values in (languages or {}).items()}
+        record: dict[str, Any] = {"kind": kind, "step": step, **{k: _plain(v) for k, v in scalars.items()}}
+        if named:
+            record["languages"] = {c: {k: _plain(v) for k, v in values.items()} for c, values in named.items()}
+        self._lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for name, value in scalars.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+        for code, values in named.items():
+            for name, value in values.items():
+                self._events.add_scalar(f"{kind}_{name}/{code}", value, step)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
+            self._events.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl in order; a line cut off by a kill is left out."""
+    path = directory / "metrics.jsonl"
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return records
+
+
+def _truncate(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+    os.replace(temporary, path)
+
+
+def _plain(value: float) -> float | None:
+    number = float(value)
+    return round(number, 6) if np.isfinite(number) else None  # JSON has no NaN

@@ -1,0 +1,143 @@
+"""The one place that knows both the step and the mesh: shardings, donation and `jax.jit` are applied here."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mlm.models.config import ModelConfig
+from mlm.models.transformer import Transformer
+from mlm.objectives import OBJECTIVES, Loss
+from mlm.parallel import check_sizes, constrain, optimizer_axes, shardings
+from mlm.registry import nearest
+from mlm.training.state import TrainState, init_state
+from mlm.training.step import Metrics, evaluation_step, train_step
+from mlm.types import Batch, Params, PyTree
+
+NONFINITE = ("stop", "skip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the parameters move.
+
+    steps: updates in the whole run. z_loss: weight of (log Z)^2 in nats. loss_chunk: target positions per piece of the
+    head (None: chosen from the sizes). ema_decay: 0 keeps no mean. on_nonfinite: "stop" the run, or "skip" the update
+    and count it. precision of activations is the model's `dtype`.
+    """
+
+    steps: int
+    objective: str = "text_to_text"
+    microbatches: int = 1
+    seed: int = 0
+    z_loss: float = 1e-4
+    label_smoothing: float = 0.0
+    loss_chunk: int | None = None
+    ema_decay: float = 0.0
+    on_nonfinite: str = "stop"
+
+    def __post_init__(self):
+        for name in ("steps", "microbatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig.{name}={getattr(self, name)} must be at least 1")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"TrainConfig.ema_decay={self.ema_decay} must be in [0, 1); T5 runs use 0, EMA runs 0.999")
+        if self.on_nonfinite not in NONFINITE:
+            raise ValueError(f"TrainConfig.on_nonfinite={self.on_nonfinite!r}: {nearest(self.on_nonfinite, NONFINITE)}")
+
+
+OptimizerFactory = Callable[[PyTree, PyTree], optax.GradientTransformation]  # (parameter axes, shapes) -> optimizer
+
+
+class Trainer:
+    """Compiled steps of one model on one mesh. languages: size of the per-language metrics.
+
+    Raises ValueError, before anything is compiled, when heads, widths, vocabulary or batch do not divide the mesh.
+    """
+
+    def __init__(
+        self, model: ModelConfig, train: TrainConfig, optimizer: OptimizerFactory, mesh: Mesh, languages: int
+    ):
+        self.config, self.mesh = train, mesh
+        self.model = Transformer(model, constrain(mesh))
+        shapes, axes = self.model.shapes(), self.model.axes()
+        self.optimizer = optimizer(axes, shapes)
+        self._key = jax.random.key(train.seed)
+        loss_fn = make_loss(self.model, train, languages, mesh if mesh.size > 1 else None)
+
+        abstract = jax.eval_shape(self._fresh, self._key)
+        scalar = NamedSharding(mesh, P())
+        parameters = shardings(shapes, axes, mesh)
+        moments = shardings(abstract.optimizer, optimizer_axes(abstract.optimizer, shapes, axes), mesh)
+        self.shardings = TrainState(scalar, scalar, parameters, moments, parameters if train.ema_decay else None)
+        self.abstract = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, self.shardings
+        )
+        step = partial(
+            train_step,
+            loss_fn=loss_fn,
+            optimizer=self.optimizer,
+            key=self._key,
+            microbatches=train.microbatches,
+            ema_decay=train.ema_decay,
+        )
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, scalar))
+        self.evaluate_batch = jax.jit(partial(evaluation_step, loss_fn=loss_fn), out_shardings=scalar)
+
+    def _fresh(self, key: jax.Array) -> TrainState:
+        return init_state(self.model.init(key), self.optimizer, ema=self.config.ema_decay > 0)
+
+    def init(self) -> TrainState:
+        """The state before the first step, each device holding only its part."""
+        return jax.jit(self._fresh, out_shardings=self.shardings)(self._key)
+
+    def check_batch(self, rows: int) -> None:
+        """Raises ValueError when a global batch of `rows` rows does not divide over devices and microbatches."""
+        parts = self.config.microbatches
+        if rows % parts:
+            raise ValueError(f"batch_size={rows} does not divide into microbatches={parts}; use a multiple of {parts}")
+        check_sizes(self.mesh, batch=rows // parts)
+
+    def evaluate(self, params: Params, batches: Iterator[Batch]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Metrics summed over the batches: name -> (sum, weight) in float64."""
+        totals: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for batch in batches:
+            add_metrics(totals, self.evaluate_batch(params, batch))
+        return totals
+
+
+def add_metrics(totals: dict, metrics: Metrics) -> None:
+    """Adds every (sum, weight) metric to `totals`, on the host, in float64."""
+    for name, value in jax.device_get(metrics).items():
+        if isinstance(value, tuple):
+            old = totals.get(name, (0.0, 0.0))
+            totals[name] = tuple(o + np.asarray(v, np.float64) for o, v in zip(old, value, strict=True))
+
+
+def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mesh | None = None) -> Callable[..., Loss]:
+    """loss(params, batch, dropout key or None): the model's decoder states through head and objective.
+
+    mesh: lets the head work on each device's part of the vocabulary; None on one device.
+    """
+    objective = OBJECTIVES[config.objective]
+
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+        output = model(params, batch, key)
+        return objective(
+            output.hidden,
+            model.head(params),
+            batch,
+            num_languages=languages,
+            z_loss=config.z_loss,
+            label_smoothing=config.label_smoothing,
+            chunk=config.loss_chunk,
+            mesh=mesh,
+        )
+
+    return loss
+
