@@ -60,6 +60,8 @@ def span_corruption(
     prefix: a special token before the inputs (UL2's mode).
     Raises ValueError when the targets do not fit, or the vocabulary has fewer sentinels than there are spans.
     """
+    if prefix:
+        vocabulary.special(prefix)
     mask = noise.Spans(density, mean_span, random_roll)
     length, needed = raw_length(inputs_length - bool(prefix) - random_roll, density, mean_span)
     needed += random_roll
@@ -74,8 +76,8 @@ def span_corruption(
         enough = -(-round(length * density) // max(known - random_roll, 1))
         raise ValueError(
             f"span corruption of pieces of {length} tokens, density {density} and mean span {mean_span} needs {spans} "
-            f"sentinels, {vocabulary.where} has {known}; raise mean_span to {enough}, lower inputs_length, or train the "
-            "vocabulary with more sentinels"
+            f"sentinels, {vocabulary.where} has {known}; raise mean_span to {enough}, lower inputs_length, or train "
+            "the vocabulary with more sentinels"
         )
     rule = noise.Denoise(mask, noise.sentinels, noise.hidden_with_sentinels)
     return Plan(rule, length, inputs_length, targets_length, prefix)
@@ -91,6 +93,8 @@ def prefix_lm(
     prefix: str = "",
 ) -> Plan:
     """The beginning of a piece is given, the rest is to be said; the place of the cut is random (`noise.Suffix`)."""
+    if prefix:
+        vocabulary.special(prefix)
     mask = noise.Suffix(density, fixed)
 
     def fits(n: int) -> bool:

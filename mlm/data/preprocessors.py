@@ -17,6 +17,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import seqio
 import tensorflow as tf
@@ -28,9 +29,9 @@ from mlm.data.vocabulary import Vocabulary
 from mlm.registry import Registry
 from mlm.types import EOS_ID
 
-Dataset = tf.data.Dataset
-Features = Mapping[str, seqio.Feature]
-Lengths = Mapping[str, int]
+Dataset: TypeAlias = tf.data.Dataset
+Features: TypeAlias = Mapping[str, seqio.Feature]
+Lengths: TypeAlias = Mapping[str, int] | None
 
 # --- Plain text
 # ---------------------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def _vocabulary(output_features: Features, name: str) -> Vocabulary:
     return output_features[name].vocabulary
 
 
-def _lengths(sequence_length: Lengths | None) -> tuple[int, int]:
+def _lengths(sequence_length: Lengths) -> tuple[int, int]:
     missing = {"inputs", "targets"} - set(sequence_length or {})
     if missing:
         raise ValueError(

@@ -2,6 +2,8 @@
 once.
 """
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 from mlm.types import EOS_ID
@@ -71,21 +73,21 @@ def cut(values: tf.Tensor, length: int) -> tf.RaggedTensor:
     return tf.RaggedTensor.from_row_splits(values, splits, validate=False)
 
 
-def frame(pieces: tf.RaggedTensor, length: int | None, first: tf.Tensor | None = None) -> tf.RaggedTensor:
+def frame(pieces: tf.RaggedTensor, length: int | None, first: tf.Tensor | Sequence | None = None) -> tf.RaggedTensor:
     """Each row with `first` (int32 [k]) before it and </s> after it, the row itself cut so that all fits in `length`
     items.
 
     None: no cut. Raises ValueError when `length` has no room for one item of the row.
     """
-    first = tf.zeros([0], tf.int32) if first is None else tf.convert_to_tensor(first, tf.int32)
-    extra = first.shape[0] + 1
+    front = tf.zeros([0], tf.int32) if first is None else tf.convert_to_tensor(first, tf.int32)
+    extra = front.shape[0] + 1
     if length is not None and length <= extra:
         raise ValueError(f"a length of {length} tokens has no room for text beside {extra - 1} special tokens and </s>")
     rows = Rows(pieces)
     kept = rows.lengths if length is None else tf.minimum(rows.lengths, length - extra)
     framed = from_lengths(kept + extra)
-    pool = tf.concat([pieces.values, first, [EOS_ID]], 0)
-    inner = framed.spread(rows.starts) + framed.place - first.shape[0]
-    index = tf.where(framed.place < first.shape[0], rows.size + framed.place, inner)
-    index = tf.where(framed.place == framed.spread(framed.lengths) - 1, rows.size + first.shape[0], index)
+    pool = tf.concat([pieces.values, front, [EOS_ID]], 0)
+    inner = framed.spread(rows.starts) + framed.place - front.shape[0]
+    index = tf.where(framed.place < front.shape[0], rows.size + framed.place, inner)
+    index = tf.where(framed.place == framed.spread(framed.lengths) - 1, rows.size + front.shape[0], index)
     return in_rows(tf.gather(pool, index), framed.lengths)

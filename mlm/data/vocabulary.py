@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from typing import SupportsInt
 
 import seqio
 import tensorflow as tf
@@ -126,7 +127,7 @@ class SentencePieceVocabulary(SpecialTokens, seqio.SentencePieceVocabulary):
         with tf.init_scope():
             return tensorflow_text.SentencepieceTokenizer(model=self._readable)
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[SupportsInt]) -> str:
         return self._decoder.DecodeIds([int(i) for i in ids])
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
@@ -223,9 +224,13 @@ class ByteVocabulary(SpecialTokens, seqio.Vocabulary):
         return [byte + 3 for byte in s.encode("utf-8")]
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        return tf.cast(tf.io.decode_raw(s, tf.uint8), tf.int32) + 3
+        if s.shape.rank == 0:
+            return tf.cast(tf.io.decode_raw(s, tf.uint8), tf.int32) + 3
+        values = tf.io.decode_raw(tf.strings.reduce_join(s), tf.uint8)  # texts of different lengths [n]
+        lengths = tf.cast(tf.strings.length(s), tf.int64)
+        return tf.RaggedTensor.from_row_lengths(tf.cast(values, tf.int32) + 3, lengths, validate=False)
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[SupportsInt]) -> str:
         return b"".join(self._names[int(i)] for i in ids).decode("utf-8", errors="replace")
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:

@@ -187,7 +187,7 @@ def test_bytes_have_the_ids_of_byt5():
 
 def test_sentinels_are_added_to_a_model_without_any(tmp_path):
     vocabulary = train_vocabulary(LINES, tmp_path / "v.model", 1024, sentinels=100)
-    model = vocabulary._model_proto
+    model = copy.deepcopy(vocabulary._model_proto)
     del model.pieces[-100:]
     (tmp_path / "bare.model").write_bytes(model.SerializeToString())
     bare, added = (
