@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from mlm.data.languages import LANGUAGES, language, language_id
 from mlm.data.recipes import REWRITING, SPAN_CORRUPTION, TRANSLATION, Recipe, Units
-from mlm.data.statistics import Counts, source_counts
+from mlm.data.sources import Counts, TableSource
 from mlm.data.vocabulary import ByteVocabulary, Vocabulary
 from mlm.registry import nearest
 
@@ -176,11 +176,22 @@ def owner(task: seqio.Task) -> str:
 
 
 def _size(task: seqio.Task, count: str) -> float:
-    counts: Counts = source_counts(task)
+    counts = training_counts(task)
     size = getattr(counts, count)
     if not size:
         raise ValueError(f"task {task.name!r}: the number of {count} of its training text is not known ({counts})")
     return float(size)
+
+
+def training_counts(task: seqio.Task) -> Counts:
+    """Records, characters and bytes of a task's training text; for published datasets what their table says."""
+    units = task.preprocessors[0] if task.preprocessors else None
+    if not (isinstance(units, Units) and isinstance(task.source, TableSource)):
+        return getattr(task.source, "counts", {}).get("train", Counts())
+    table = task.source.table("train")
+    texts = [table[column] for _, column in units.columns]
+    characters = sum(len(text.decode()) for column in texts for text in column)
+    return Counts(len(texts[0]), characters, sum(len(text) for column in texts for text in column))
 
 
 def mixture_rates(name: str) -> dict[str, float]:

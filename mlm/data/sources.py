@@ -20,6 +20,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import seqio
 import tensorflow as tf
@@ -34,6 +35,15 @@ TEST_ARTICLES = frozenset(("9", "18", "27"))
 SPLIT_SALT = "181"  # with it every language of every shipped corpus has at least two held-out sentences in both splits
 
 Columns = dict[str, list[bytes]]  # UTF-8 records by column, all of one length
+
+
+class Counts(NamedTuple):
+    """How much text there is; 0: not known."""
+
+    examples: int = 0
+    characters: int = 0
+    bytes: int = 0
+    tokens: int = 0
 
 
 # The shipped corpora.
@@ -236,6 +246,7 @@ class PublishedSource(seqio.DataSource):
     """A public dataset: from TFDS when it is prepared below $TFDS_DATA_DIR, else from files below $DATA_ROOT in their published layout.
 
     tfds: dataset name, `name/config:version`; tfds_splits: split -> TFDS split; from_tfds: TFDS record -> our record.
+    counts: split -> size, as published.
     Nothing is looked for before the data are read. Raises FileNotFoundError naming both places when the data are in neither.
     """
 
@@ -244,9 +255,11 @@ class PublishedSource(seqio.DataSource):
         layout: Layout,
         tfds: str | None = None,
         tfds_splits: Mapping[str, str] | None = None,
-        from_tfds: Callable[[dict], dict] | None = None,
+        from_tfds: Callable[[dict], dict] = lambda record: record,
+        counts: Mapping[str, Counts] | None = None,
     ):
         super().__init__(splits=tuple(layout.files))
+        self.counts = dict(counts or {})
         self._layout, self._tfds, self._tfds_splits, self._from_tfds = layout, tfds, tfds_splits or {}, from_tfds
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
