@@ -1,0 +1,129 @@
+"""The flags of every command that decodes: a run directory, a checkpoint, and the options of the search."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mlm.cli.main import UsageError
+
+AXES = ("data", "fsdp", "expert", "tensor", "replica")
+# option of DecodeConfig -> (type, help)
+OPTIONS: dict[str, tuple[type, str]] = {
+    "beams": (int, "beam: hypotheses kept (default 4)"),
+    "alpha": (float, "beam: exponent of the length penalty (default 0.6)"),
+    "n_best": (int, "beam, sample: results per text (default 1)"),
+    "temperature": (float, "sample: below 1 sharper, above 1 flatter (default 1)"),
+    "top_k": (int, "sample: from the k most probable tokens (default 0, off)"),
+    "top_p": (float, "sample: from the most probable tokens that hold this mass (default 1, off)"),
+    "min_p": (float, "sample: from tokens at least this share of the best (default 0, off)"),
+    "seed": (int, "sample: seed (default 0)"),
+    "max_length": (int, "tokens at most (default: the targets_length of the run)"),
+    "min_length": (int, "no end before this token (default 0)"),
+}
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--run_dir, --step, --parameters, --mesh, --batch_size: which model, and where it runs."""
+    parser.add_argument("--run_dir", required=True, metavar="DIR", help="directory of a training run")
+    parser.add_argument(
+        "--step", default="latest", metavar="N|best|latest", help="checkpoint to load (default: the latest)"
+    )
+    parser.add_argument("--best_metric", default="validation/loss", metavar="NAME", help="what --step=best looks at")
+    parser.add_argument(
+        "--best_mode", choices=("min", "max"), default="min", help="is a smaller or a larger value better"
+    )
+    parser.add_argument(
+        "--parameters",
+        choices=("auto", "params", "ema"),
+        default="auto",
+        help="ema: their running mean; auto (default): the mean where the run kept one",
+    )
+    parser.add_argument("--mesh", default="", metavar="data=4,tensor=2", help="how to split over the devices")
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="examples per device call (default 32)")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+
+
+def add_decode_flags(parser: argparse.ArgumentParser) -> None:
+    """--method and one flag per option of the search."""
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--method", default="greedy", metavar="NAME", help="greedy (default), sample or beam")
+    for name, (kind, text) in OPTIONS.items():
+        group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def add_language_flags(parser: argparse.ArgumentParser) -> None:
+    """--to, --language_token: what to write, and how the model is told."""
+    parser.add_argument(
+        "--to",
+        metavar="CODE",
+        help="language to write; without it special tokens in the text are meant as such: 'The <extra_id_0> sat'",
+    )
+    parser.add_argument(
+        "--language_token",
+        choices=("source", "target"),
+        default="source",
+        help="where the language token stands: before the text that is read (default), or forced first in the output",
+    )
+
+
+def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """The search as `Session.decode` takes it. Raises UsageError for an unknown method or options that do not fit."""
+    from mlm.decoding.config import DecodeConfig
+
+    given = {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
+    try:
+        DecodeConfig(method=flags.method, **given)
+    except (KeyError, ValueError) as error:
+        raise UsageError(str(error.args[0])) from error
+    return {"method": flags.method, **given}
+
+
+def open_session(flags: argparse.Namespace):
+    """The session that the flags ask for. Raises UsageError for flags that make no sense."""
+    from mlm.cli.screen import working
+
+    with working(f"loading {flags.run_dir}"):
+        from mlm import session
+
+        if flags.step not in ("latest", "best") and not flags.step.isdigit():
+            raise UsageError(f"--step={flags.step}: give a checkpoint's number, 'best' or 'latest'")
+        if flags.batch_size < 1:
+            raise UsageError(f"--batch_size={flags.batch_size} must be at least 1")
+        return session.load(
+            flags.run_dir,
+            flags.step,
+            parameters=flags.parameters,
+            mesh=_mesh(flags.mesh),
+            batch_size=flags.batch_size,
+            best_metric=flags.best_metric,
+            best_mode=flags.best_mode,
+        )
+
+
+def check_language(session: Any, flags: argparse.Namespace) -> None:
+    """Raises UsageError, with the nearest codes, when the run cannot write the language asked for."""
+    if flags.to is None:
+        return
+    try:
+        session.vocabulary.language_token(flags.to)
+    except KeyError as error:
+        raise UsageError(str(error.args[0])) from error
+
+
+def _mesh(text: str):
+    """ "data=4,tensor=2" as a MeshConfig."""
+    from mlm.parallel import MeshConfig
+
+    sizes: Mapping[str, int] = {}
+    try:
+        sizes = {name.strip(): int(size) for name, _, size in (part.partition("=") for part in text.split(",") if part)}
+    except ValueError:
+        raise UsageError(f"--mesh={text!r} must read like data=4,tensor=2") from None
+    known = {field.name for field in dataclasses.fields(MeshConfig)}
+    if set(sizes) - known:
+        raise UsageError(f"--mesh: no axis {sorted(set(sizes) - known)}; axes: {', '.join(AXES)}")
+    try:
+        return MeshConfig(**sizes)
+    except ValueError as error:
+        raise UsageError(f"--mesh: {error}") from error

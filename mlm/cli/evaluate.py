@@ -1,0 +1,102 @@
+"""`mlm eval --run_dir DIR`: metrics of tasks, loss and bits per byte by language; a table, and JSON in the run."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mlm.cli import decoding_flags, screen
+from mlm.cli.main import UsageError
+from mlm.evaluation.results import combine, numbers, totals
+
+
+def run(arguments: list[str]) -> int:
+    """Evaluates every task in turn; each result is written as soon as it is known."""
+    flags = _parse(arguments)
+    if flags.num_examples is not None and flags.num_examples < 1:
+        raise UsageError(f"--num_examples={flags.num_examples} must be at least 1")
+    options = decoding_flags.decode_options(flags)
+    session = decoding_flags.open_session(flags)
+    tasks = _tasks(session, flags)
+    results: dict[str, dict[str, Any]] = {}
+    folder = Path("eval") / str(session.step)
+    for task in screen.track(tasks, f"evaluating {len(tasks)} tasks", len(tasks)):
+        results[task] = session.evaluate(task, flags.split, flags.num_examples, **options)
+        written = session.run.write_json(str(folder / f"{task}.json"), results[task])
+    languages = combine(result["languages"] for result in results.values())
+    if flags.json:
+        print(json.dumps({"tasks": results, "languages": languages, **totals(languages)}, ensure_ascii=False, indent=1))
+        return 0
+    show(session.step, flags.split, results, languages)
+    screen.say(f"written to {written if len(tasks) == 1 else written.parent}")
+    return 0
+
+
+def show(step: int, split: str, results: dict[str, dict[str, Any]], languages: dict[str, Any]) -> None:
+    """Two tables: the tasks, and the languages over all tasks."""
+    scored = list(dict.fromkeys(name for result in results.values() for name in numbers(result["metrics"])))
+    screen.table(
+        f"step {step}, {split}: tasks",
+        ["task", ">examples", ">loss", ">bits/byte", *(f">{name}" for name in scored)],
+        [
+            [
+                task,
+                result["examples"],
+                _number(result["loss"]),
+                _number(result["bits_per_byte"]),
+                *(_number(numbers(result["metrics"]).get(name), 2) for name in scored),
+            ]
+            for task, result in results.items()
+        ],
+    )
+    rows = [*languages.items()] + ([("all", totals(languages))] if len(languages) > 1 else [])
+    screen.table(
+        "languages (loss: nats per target token; bits per byte: of the text, without special tokens)",
+        ["language", ">tokens", ">loss", ">bytes", ">bits/byte"],
+        [
+            [
+                code,
+                screen.amount(float(row["tokens"])),
+                _number(row["loss"]),
+                screen.amount(float(row["bytes"])),
+                _number(row["bits_per_byte"]),
+            ]
+            for code, row in rows
+        ],
+    )
+
+
+def _tasks(session: Any, flags: argparse.Namespace) -> list[str]:
+    """The tasks asked for. Raises UsageError, with the nearest names, for one that is not registered."""
+    names = [name.strip() for name in flags.tasks.split(",") if name.strip()] if flags.tasks else [flags.mixture]
+    found: dict[str, None] = {}
+    for name in names:
+        try:
+            found |= dict.fromkeys(session.tasks(name, flags.split))
+        except (KeyError, ValueError) as error:
+            raise UsageError(str(error.args[0])) from error
+    return list(found)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mlm eval",
+        description=(
+            "Evaluate a checkpoint: the metrics of each task by SeqIO's evaluator (predictions decoded as asked for), "
+            "and loss and bits per byte by language. A table on screen, and DIR/eval/<step>/<task>.json."
+        ),
+        epilog="example: mlm eval --run_dir runs/quickstart --tasks tatoeba.translate.en.fr --num_examples 200",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--tasks", metavar="A,B", help="tasks or mixtures, separated by commas")
+    which.add_argument("--mixture", metavar="NAME", help="a mixture (default: the one of the run)")
+    parser.add_argument("--split", default="validation", help="validation (default), test or train")
+    parser.add_argument("--num_examples", type=int, metavar="N", help="the first N of each task (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    decoding_flags.add_model_flags(parser)
+    decoding_flags.add_decode_flags(parser)
+    return parser.parse_args(arguments)

@@ -1,0 +1,40 @@
+"""`mlm generate "text" --run_dir DIR --to fr`: one text in, decoded text out."""
+
+import argparse
+import warnings
+
+from mlm.cli import decoding_flags, screen
+from mlm.cli.main import UsageError
+
+
+def run(arguments: list[str]) -> int:
+    """Prints the result, or with n_best > 1 one result a line with its score."""
+    flags = _parse(arguments)
+    if not flags.text.strip():
+        raise UsageError("the text is empty")
+    options = decoding_flags.decode_options(flags)
+    session = decoding_flags.open_session(flags)
+    decoding_flags.check_language(session, flags)
+    with screen.working("decoding"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (found,) = session.decode(flags.text, flags.to, language_token=flags.language_token, **options)
+    for warning in caught:
+        if warning.category is UserWarning:
+            screen.say(f"mlm generate: {warning.message}")
+    for hypothesis in found:
+        print(f"{hypothesis.score:.4f}\t{hypothesis.text}" if len(found) > 1 or flags.scores else hypothesis.text)
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mlm generate",
+        description="Decode one text with a trained model.",
+        epilog='example: mlm generate "Good morning" --run_dir runs/quickstart --to fr --method beam --beams 4',
+    )
+    parser.add_argument("text", help="what the model reads")
+    decoding_flags.add_language_flags(parser)
+    parser.add_argument("--scores", action="store_true", help="print the log-probability (nats) before the text")
+    decoding_flags.add_model_flags(parser)
+    decoding_flags.add_decode_flags(parser)
+    return parser.parse_args(arguments)

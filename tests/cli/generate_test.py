@@ -1,0 +1,58 @@
+"""`mlm generate`: one text, one answer, one line for an error."""
+
+import pytest
+
+import mlm
+from mlm.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def session(tiny_run):
+    return mlm.load(tiny_run)
+
+
+def test_it_prints_what_the_session_generates(tiny_run, session, capsys):
+    assert main(["generate", "Good morning", "--run_dir", str(tiny_run), "--to", "fr", "--max_length", "8"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == session.generate(["Good morning"], to="fr", max_length=8)[0] + "\n"
+    assert captured.err == ""
+
+
+def test_several_results_come_with_their_scores(tiny_run, session, capsys):
+    options = {"method": "beam", "beams": 3, "n_best": 2, "alpha": 0.5, "max_length": 8}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    assert main(["generate", "Hi", "--run_dir", str(tiny_run), "--to", "uk", *flags]) == 0
+    (want,) = session.decode("Hi", "uk", **options)
+    lines = capsys.readouterr().out.rstrip("\n")
+    assert lines == "\n".join(f"{h.score:.4f}\t{h.text}" for h in want)
+
+
+def test_without_a_language_special_tokens_are_meant(tiny_run, session, capsys):
+    assert main(["generate", "The <extra_id_0> sat", "--run_dir", str(tiny_run), "--max_length", "8"]) == 0
+    assert capsys.readouterr().out == session.generate("The <extra_id_0> sat", max_length=8)[0] + "\n"
+
+
+def test_a_long_text_is_said_to_be_cut(tiny_run, capsys):
+    assert main(["generate", "x" * 99, "--run_dir", str(tiny_run), "--to", "fr", "--max_length", "8"]) == 0
+    assert "longer than the 48 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ([" ", "--to", "fr"], 2, "the text is empty"),
+        (["Hi", "--to", "frr"], 2, "did you mean"),
+        (["Hi", "--to", "fr", "--method", "sample", "--top_p", "2"], 2, "top_p=2.0 must be in (0, 1]"),
+        (["Hi", "--to", "fr", "--step", "11"], 1, "complete checkpoints: 10, 20"),
+    ],
+)
+def test_errors_take_one_line(tiny_run, capsys, flags, code, message):
+    assert main(["generate", "--run_dir", str(tiny_run), *flags]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+    assert main(["generate", "Hi", "--run_dir", str(tmp_path)]) == 1
+    assert "is not the directory of a run" in capsys.readouterr().err
