@@ -111,7 +111,7 @@ def text_to_text(
     language: str | None = None,
     task: int | None = None,
 ) -> Dataset:
-    """{inputs: text, targets: text, …} -> examples: correction, copying, any task. A record with an empty side is dropped.
+    """{inputs: text, targets: text, …} -> examples: correction, copying, any task. An empty side drops the record.
 
     inputs, targets: keys of the record; the same key for both makes the model copy. prefix: text before the inputs
     ("correct: "). inputs_tokens, targets_tokens: special tokens that come first, by name ("<2fr>", "[S]"). What is too

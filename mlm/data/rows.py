@@ -74,10 +74,9 @@ def cut(values: tf.Tensor, length: int) -> tf.RaggedTensor:
 
 
 def frame(pieces: tf.RaggedTensor, length: int | None, first: tf.Tensor | Sequence | None = None) -> tf.RaggedTensor:
-    """Each row with `first` (int32 [k]) before it and </s> after it, the row itself cut so that all fits in `length`
-    items.
+    """Each row with `first` (ids [k]) before it and </s> after it, the row cut so that all fits in `length` items.
 
-    None: no cut. Raises ValueError when `length` has no room for one item of the row.
+    length None: no cut. Raises ValueError when `length` has no room for one item of the row.
     """
     front = tf.zeros([0], tf.int32) if first is None else tf.convert_to_tensor(first, tf.int32)
     extra = front.shape[0] + 1
