@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from mlm.decoding.config import DecodeConfig
-from mlm.decoding.generate import Generator
 from mlm.decoding.state import NEG_INF
 
 EOS = 1
@@ -47,7 +46,7 @@ def same(decoded, i, expected):
 @pytest.mark.parametrize(("beams", "alpha"), [(1, 0.6), (2, 0.0), (2, 0.6), (4, 0.6), (4, 2.0)])
 def test_equals_the_rules_in_python(tiny, sources, beams, alpha):
     config = DecodeConfig(method="beam", beams=beams, alpha=alpha, n_best=beams, max_length=7)
-    out = Generator(tiny.model, config)(tiny.params, sources)
+    out = tiny.decode(config, sources)
     for i, source in enumerate(sources):
         expected = reference(tiny, source, beams, alpha, 7)
         same(out, i, expected)
@@ -59,7 +58,7 @@ def test_ragged_prompts_and_limits(tiny, sources):
     prompts = [[7], [], [2, 1, 9, 4], [3, 3], [8, 1], [5], [6, 7, 8, 9, 10], [11]]
     limits = [7, 2, 7, 3, 6, 2, 6, 1 + 1]
     config = DecodeConfig(method="beam", beams=2, n_best=2, max_length=7)
-    out = Generator(tiny.model, config)(tiny.params, sources, prompts=prompts, limits=limits)
+    out = tiny.decode(config, sources, prompts=prompts, limits=limits)
     unfinished = 0
     for i, source in enumerate(sources):
         expected = reference(tiny, source, 2, 0.6, limits[i], prompts[i])
@@ -76,7 +75,7 @@ def test_wide_enough_beams_find_the_best_of_all_sequences(make_tiny):
     ended = [[*head, EOS] for n in range(4) for head in itertools.product(others, repeat=n)]
     scores = [tiny.total(source, tokens) / ((5 + len(tokens)) / 6) ** alpha for tokens in ended]
     config = DecodeConfig(method="beam", beams=64, alpha=alpha, n_best=3, max_length=4)
-    out = Generator(tiny.model, config)(tiny.params, [source])
+    out = tiny.decode(config, [source])
     best = sorted(zip(scores, ended, strict=True), reverse=True)[:3]
     same(out, 0, best)
 
@@ -85,14 +84,14 @@ def test_a_larger_alpha_prefers_longer_results(tiny, sources):
     lengths = []
     for alpha in (0.0, 1.0, 4.0):
         config = DecodeConfig(method="beam", beams=4, alpha=alpha, max_length=10)
-        lengths.append(Generator(tiny.model, config)(tiny.params, sources).lengths.mean())
+        lengths.append(tiny.decode(config, sources).lengths.mean())
     assert lengths == sorted(lengths)
     assert lengths[-1] > lengths[0]
 
 
 def test_min_length_forbids_an_early_end_and_leaves_scores_alone(tiny, sources):
     config = DecodeConfig(method="beam", beams=4, min_length=5, max_length=8)
-    out = Generator(tiny.model, config)(tiny.params, sources)
+    out = tiny.decode(config, sources)
     for i, source in enumerate(sources):
         tokens = list(out.tokens[i, 0, : out.lengths[i, 0]])
         assert len(tokens) >= 5
@@ -102,6 +101,5 @@ def test_min_length_forbids_an_early_end_and_leaves_scores_alone(tiny, sources):
 
 def test_the_search_stops_when_nothing_can_improve(tiny, sources):
     config = DecodeConfig(method="beam", beams=1, alpha=0.0, max_length=10)
-    generator = Generator(tiny.model, config)
-    passes = [int(generator(tiny.params, [source]).passes) for source in sources]
+    passes = [int(tiny.decode(config, [source]).passes) for source in sources]
     assert min(passes) < 10

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from mlm.decoding.config import DecodeConfig
+from mlm.decoding.generate import Generator
+from mlm.decoding.state import Decoded
 from mlm.models.presets import t5_style
 from mlm.models.transformer import Transformer
 
@@ -22,6 +24,12 @@ class Tiny:
         self.model = Transformer(config)
         self.params = self.model.init(jax.random.key(seed))
         self._logits = jax.jit(self._forward)
+        self._generators: dict[DecodeConfig, Generator] = {}
+
+    def decode(self, config: DecodeConfig, sources, **options) -> Decoded:
+        """The generator's results; tests share what it compiled."""
+        generator = self._generators.setdefault(config, Generator(self.model, config))
+        return generator(self.params, sources, **options)
 
     def _forward(self, params, source, prefix):
         told = jnp.ones_like(prefix)  # causal: what stands after the prefix cannot matter

@@ -24,7 +24,7 @@ def test_a_mixed_workload_compiles_once_per_bucket(tiny):
 
 
 def test_batches_come_back_in_order(tiny, sources, config):
-    whole = Generator(tiny.model, config)(tiny.params, sources)
+    whole = tiny.decode(config, sources)
     parts = Generator(tiny.model, config, batch_size=3)(tiny.params, sources)
     np.testing.assert_array_equal(whole.tokens, parts.tokens)
     np.testing.assert_array_equal(whole.lengths, parts.lengths)
@@ -41,7 +41,7 @@ def test_source_padding_changes_nothing(tiny):
 
 
 def test_nothing_in_nothing_out(tiny):
-    assert Generator(tiny.model, DecodeConfig(max_length=6))(tiny.params, []).tokens.shape == (0, 1, 6)
+    assert tiny.decode(DecodeConfig(max_length=6), []).tokens.shape == (0, 1, 6)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def greedy_reference(tiny, source, prompt=(), limit=10):
 
 
 def test_the_cached_loop_is_greedy_search_without_a_cache(tiny, sources):
-    out = Generator(tiny.model, DecodeConfig(max_length=10))(tiny.params, sources)
+    out = tiny.decode(DecodeConfig(max_length=10), sources)
     ended = 0
     for i, source in enumerate(sources):
         tokens, score = greedy_reference(tiny, source)
@@ -53,7 +53,7 @@ def test_ragged_prompts_are_kept_and_continued_as_without_a_cache(tiny, sources)
         [11],
     ]  # an EOS inside a prompt ends nothing
     limits = [10, 4, 10, 3, 7, 2, 6, 10]
-    out = Generator(tiny.model, DecodeConfig(max_length=10))(tiny.params, sources, prompts=prompts, limits=limits)
+    out = tiny.decode(DecodeConfig(max_length=10), sources, prompts=prompts, limits=limits)
     for i, (source, prompt, limit) in enumerate(zip(sources, prompts, limits, strict=True)):
         tokens, score = greedy_reference(tiny, source, prompt, limit)
         assert rows(out, i) == [tokens]
@@ -62,7 +62,7 @@ def test_ragged_prompts_are_kept_and_continued_as_without_a_cache(tiny, sources)
 
 def test_prompts_and_limits_hold_for_every_method(tiny, sources, config):
     prompts, limits = [[4, 1, 9]] * 8, [4, 5, 6, 7, 8, 9, 10, 10]
-    out = Generator(tiny.model, config)(tiny.params, sources, prompts=prompts, limits=limits)
+    out = tiny.decode(config, sources, prompts=prompts, limits=limits)
     found = out.lengths > 0  # a single free token leaves beams without a result
     assert (out.tokens[:, :, :3] == [4, 1, 9])[found].all()
     assert (out.lengths <= np.array(limits)[:, None]).all()
@@ -71,11 +71,10 @@ def test_prompts_and_limits_hold_for_every_method(tiny, sources, config):
 
 
 def test_a_row_knows_nothing_of_its_neighbours(tiny, sources, config):
-    generator = Generator(tiny.model, config)
     prompts = [[7], [], [2, 1, 9, 4], [3, 3], [8, 1], [5], [6, 7, 8, 9, 10], [11]]
-    together = generator(tiny.params, sources, prompts=prompts)
+    together = tiny.decode(config, sources, prompts=prompts)
     for i in (0, 2, 5, 6):
-        alone = generator(tiny.params, [sources[i]], prompts=[prompts[i]], ids=[i])
+        alone = tiny.decode(config, [sources[i]], prompts=[prompts[i]], ids=[i])
         assert rows(alone, 0) == rows(together, i)
         np.testing.assert_allclose(alone.scores[0], together.scores[i], rtol=1e-5)
 
@@ -90,7 +89,7 @@ def tensor_sharding(model, mesh):
 @pytest.mark.parametrize(("data", "tensor"), [(8, 1), (4, 2)])
 def test_eight_devices_give_the_tokens_of_one(tiny, sources, config, data, tensor):
     mesh = jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    one = Generator(tiny.model, config)(tiny.params, sources, prompts=[[7]] * 8)
+    one = tiny.decode(config, sources, prompts=[[7]] * 8)
     params = jax.device_put(tiny.params, tensor_sharding(tiny.model, mesh))
     rows_over_data = NamedSharding(mesh, P("data"))
     eight = Generator(tiny.model, config, rows=rows_over_data)(params, sources, prompts=[[7]] * 8)
@@ -117,11 +116,11 @@ def test_beams_move_inside_their_shard(tiny):
 
 
 def test_the_loop_ends_with_its_last_row(tiny, sources):
-    generator = Generator(tiny.model, DecodeConfig(max_length=10))
-    full = generator(tiny.params, sources)
+    config = DecodeConfig(max_length=10)
+    full = tiny.decode(config, sources)
     assert int(full.passes) == full.lengths.max()
     short = [i for i in range(8) if full.lengths[i, 0] < 10]
-    out = generator(tiny.params, [sources[i] for i in short])
+    out = tiny.decode(config, [sources[i] for i in short])
     assert int(out.passes) == full.lengths[short].max() < 10
 
 

@@ -7,7 +7,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlm.decoding.config import DecodeConfig
-from mlm.decoding.generate import Generator
 from mlm.decoding.scoring import Scorer
 
 TARGETS = [[4, 1], [7, 8, 9, 1], [5], [3, 3, 3, 3, 1], [1], [2, 10, 1], [11, 1], [6, 5, 4, 3, 2, 1]]
@@ -34,8 +33,8 @@ def test_batches_devices_and_neighbours_change_nothing(tiny, sources):
 
 
 def test_decoding_reports_the_scores_of_what_it_returns(tiny, sources):
-    out = Generator(tiny.model, DecodeConfig(method="sample", top_k=4, max_length=8))(tiny.params, sources)
-    targets = [list(t[0, : n[0]]) for t, n in zip(out.tokens, out.lengths, strict=True)]
+    out = tiny.decode(DecodeConfig(method="sample", top_k=4, max_length=8), sources)
+    targets = [t[0, : n[0]] for t, n in zip(out.tokens, out.lengths, strict=True)]
     np.testing.assert_allclose(Scorer(tiny.model)(tiny.params, sources, targets).totals, out.scores[:, 0], atol=1e-4)
 
 

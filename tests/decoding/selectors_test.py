@@ -74,10 +74,10 @@ def test_two_steps_of_the_model_follow_the_exact_joint(tiny, sources):
 
 
 def test_top_1_at_any_temperature_is_greedy(tiny, sources):
-    greedy = Generator(tiny.model, DecodeConfig(max_length=10))(tiny.params, sources)
+    greedy = tiny.decode(DecodeConfig(max_length=10), sources)
     for temperature in (0.1, 1.0, 5.0):
         config = DecodeConfig(method="sample", top_k=1, temperature=temperature, max_length=10)
-        sampled = Generator(tiny.model, config)(tiny.params, sources)
+        sampled = tiny.decode(config, sources)
         np.testing.assert_array_equal(sampled.tokens, greedy.tokens)
         np.testing.assert_allclose(sampled.scores, greedy.scores, rtol=1e-6)
 
@@ -85,7 +85,7 @@ def test_top_1_at_any_temperature_is_greedy(tiny, sources):
 def test_draws_depend_on_seed_and_example_alone(tiny, sources):
     def sample(n, seed, **kwargs):
         config = DecodeConfig(method="sample", n_best=n, seed=seed, max_length=10)
-        return Generator(tiny.model, config)(tiny.params, sources, **kwargs)
+        return tiny.decode(config, sources, **kwargs)
 
     first, again, other = sample(1, 1), sample(1, 1), sample(1, 2)
     np.testing.assert_array_equal(first.tokens, again.tokens)
