@@ -19,3 +19,8 @@ def tasks_path() -> Path:
 def corpora_path() -> Path:
     """The folder of the text that is shipped with the package."""
     return tasks_path() / "corpora"
+
+
+def vocabulary_path(name: str) -> Path:
+    """The file of a shipped vocabulary; it need not exist."""
+    return tasks_path() / "vocabularies" / f"{name}.model"

@@ -23,7 +23,7 @@ _bound: dict[str, list[str]] = {}  # configurable name -> its parameters
 def bind(name: str, target: object) -> None:
     """Makes a function or dataclass available to gin files under `name`."""
     if name not in _bound:
-        gin.external_configurable(target, name=name, module="")
+        gin.external_configurable(target, name=name)
         _bound[name] = list(inspect.signature(target).parameters)
 
 

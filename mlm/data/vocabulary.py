@@ -24,6 +24,7 @@ import tensorflow as tf
 import tensorflow_text
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
+from mlm import shipped
 from mlm.data.special_tokens import SpecialTokens, special_names
 from mlm.types import EOS_ID, PAD_ID, UNK_ID
 
@@ -242,16 +243,21 @@ Vocabulary = SentencePieceVocabulary | ByteVocabulary
 
 
 def load_vocabulary(path_or_name: str | os.PathLike, sentinels: int = 0) -> Vocabulary:
-    """The vocabulary in a file (SentencePiece `.model`, or the JSON of a byte vocabulary), or "bytes" for ByT5's.
+    """The vocabulary in a file (SentencePiece `.model`, or the JSON of a byte vocabulary), "bytes" for ByT5's, or the name
+    of a shipped one, such as "quickstart".
 
     sentinels: appended to a SentencePiece model that has none of its own.
     Raises FileNotFoundError naming the path, ValueError for a file that is neither.
     """
     if os.fspath(path_or_name) == "bytes":
         return ByteVocabulary()
+    if os.sep not in os.fspath(path_or_name) and (own := shipped.vocabulary_path(os.fspath(path_or_name))).is_file():
+        path_or_name = own
     if not os.path.isfile(path_or_name):
+        names = sorted(p.stem for p in shipped.vocabulary_path("").parent.glob("*.model"))
         raise FileNotFoundError(
-            f"no vocabulary at {os.path.abspath(path_or_name)}; give a SentencePiece .model file or 'bytes'"
+            f"no vocabulary at {os.path.abspath(path_or_name)}; give a SentencePiece .model file, 'bytes', or a shipped "
+            f"name: {', '.join(names)}"
         )
     with open(path_or_name, "rb") as file:
         if file.read(1) == b"{":
