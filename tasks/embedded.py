@@ -17,6 +17,7 @@ from mlm.data.registration import (
     register_mixture,
 )
 from mlm.data.sources import TableSource, corrections, declaration, pairs
+from mlm.evaluation.metrics import by_language, with_source
 from mlm.sampling import unimax
 
 # corpus -> (file, its languages beside English)
@@ -75,17 +76,28 @@ def declaration_source(code: str) -> TableSource:
     return TableSource(lambda split: declaration(DECLARATION[0]).table(code, split), ("text", "unit", "version"))
 
 
+translation_metrics = by_language("bleu", "chrf++")  # by the language that is written
+
 denoise, translate = [], []
 for corpus, (file, codes) in ALIGNED.items():
     denoise += add_denoising_tasks(corpus, {code: text_source(file, code) for code in ["en", *codes.split()]})
-    translate += add_translation_tasks(corpus, {code: aligned_source(file, code) for code in codes.split()})
+    languages = {code: aligned_source(file, code) for code in codes.split()}
+    translate += add_translation_tasks(corpus, languages, metrics=translation_metrics)
 
 articles = {code: declaration_source(code) for code in DECLARATION[1].split()}
 declaration_denoise = add_denoising_tasks("udhr", articles)
-retrieve = add_rewriting_tasks("udhr", articles, ("text", "unit"), objective="retrieve")
+accuracy = by_language("accuracy")
+retrieve = add_rewriting_tasks("udhr", articles, ("text", "unit"), objective="retrieve", metrics=accuracy)
 
 corrected = TableSource(lambda split: corrections(CORRECTION[0]).table("uk", split), ("original", "corrected"))
-correct = add_rewriting_tasks("uagec", {"uk": corrected}, ("original", "corrected"), objective="correct")
+correct = add_rewriting_tasks(
+    "uagec",
+    {"uk": corrected},
+    ("original", "corrected"),
+    objective="correct",
+    metrics=by_language("correction_f05"),
+    postprocess_fn=with_source,
+)
 
 # The quickstart reads the languages that have aligned text, and what the Declaration adds to them. Its budget is about what two CPU
 # cores read in eight minutes.

@@ -6,6 +6,7 @@ lines), one sentence a line, line n of every language being the same sentence. A
 
 from mlm.data.registration import add_translation_tasks, register_mixture
 from mlm.data.sources import Layout, PublishedSource, read_aligned_lines
+from mlm.evaluation.metrics import by_language
 
 ENGLISH = "eng_Latn"
 CODES = """
@@ -40,5 +41,5 @@ def source(code: str) -> PublishedSource:
     )
 
 
-flores = add_translation_tasks("flores", {code: source(code) for code in CODES})
+flores = add_translation_tasks("flores", {code: source(code) for code in CODES}, metrics=by_language("bleu", "chrf++"))
 register_mixture("flores.all", [(name, 1.0) for name in flores])

@@ -8,6 +8,7 @@ from functools import partial
 
 from mlm.data.registration import add_translation_tasks, register_mixture
 from mlm.data.sources import Counts, Layout, PublishedSource, read_aligned_lines
+from mlm.evaluation.metrics import by_language
 from mlm.sampling import temperature
 
 # Language, training pairs in thousands (1000: the cap). Five of them have no development and test set: an dz hy mn yo.
@@ -48,5 +49,9 @@ def sources() -> dict[str, PublishedSource]:
 
 
 # The corpus has both `no` (Norwegian) and `nb` (Bokmål); they are one language here, and `no` is the larger part.
-opus100 = add_translation_tasks("opus100", {code: source for code, source in sources().items() if code != "nb"})
+opus100 = add_translation_tasks(
+    "opus100",
+    {code: source for code, source in sources().items() if code != "nb"},
+    metrics=by_language("bleu", "chrf++"),
+)
 register_mixture("opus100.all", opus100, partial(temperature, alpha=0.2), count="examples")

@@ -26,6 +26,7 @@ from mlm.data.vocabulary import ByteVocabulary, Vocabulary
 from mlm.registry import nearest
 
 Policy = Callable[[np.ndarray], np.ndarray]  # counts -> rates
+Metrics = Callable[[str], Sequence[Callable]]  # language of the targets -> functions of mlm.evaluation.metrics
 
 
 # Tasks.
@@ -52,6 +53,7 @@ def add_translation_tasks(
     pivot: str = "en",
     recipe: Recipe = TRANSLATION,
     objective: str = "translate",
+    metrics: Metrics = lambda language: (),
 ) -> list[str]:
     """Two tasks for each language -> source: `<corpus>.<objective>.<pivot>.<language>` and back. Returns the names.
 
@@ -64,7 +66,8 @@ def add_translation_tasks(
             ((code, columns[1]), (pivot, columns[0])),
         ):
             name = f"{corpus}.{objective}.{slug(a)}.{slug(b)}"
-            names.append(add_task(name, source, recipe, b, a, {"inputs": a_column, "targets": b_column}))
+            sides = {"inputs": a_column, "targets": b_column}
+            names.append(add_task(name, source, recipe, b, a, sides, metric_fns=metrics(b)))
     return names
 
 
@@ -74,6 +77,8 @@ def add_rewriting_tasks(
     columns: tuple[str, str],
     objective: str,
     recipe: Recipe = REWRITING,
+    metrics: Metrics = lambda language: (),
+    **seqio_arguments,
 ) -> list[str]:
     """One task `<corpus>.<objective>.<language>` for each language -> source of (inputs, targets) columns. Returns the names."""
     return [
@@ -84,6 +89,8 @@ def add_rewriting_tasks(
             code,
             code,
             dict(zip(("inputs", "targets"), columns, strict=True)),
+            metric_fns=metrics(code),
+            **seqio_arguments,
         )
         for code, source in sources.items()
     ]

@@ -23,6 +23,11 @@ MetricFn = Callable[..., dict[str, float | str]]
 Answers = Sequence[str] | Sequence[Sequence[str]]  # one right answer per example, or several
 
 
+def by_language(*names: str) -> Callable[[str], list[MetricFn]]:
+    """Language of the predictions -> `metric_fns` of it: for the tables of `tasks/`, many languages at once."""
+    return lambda language: metric_fns(*names, language=language)
+
+
 def metric_fns(*names: str, language: str = "") -> list[MetricFn]:
     """Metrics by name, those that treat languages differently told the language of the predictions.
 
