@@ -3,6 +3,8 @@
 import itertools
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -103,3 +105,19 @@ def test_the_search_stops_when_nothing_can_improve(tiny, sources):
     config = DecodeConfig(method="beam", beams=1, alpha=0.0, max_length=10)
     passes = [int(tiny.decode(config, [source]).passes) for source in sources]
     assert min(passes) < 10
+
+
+def test_memory_does_not_grow_with_vocabulary_times_length(make_tiny):
+    """Four times the length may add slots and tokens, but no table of beams x vocabulary x length."""
+    vocab, beams = 4096, 4
+    tiny = make_tiny(vocab, 8, seed=0)
+
+    def bytes_needed(length):
+        config = DecodeConfig(method="beam", beams=beams, max_length=length)
+        row = jax.ShapeDtypeStruct((1,), jnp.int32)
+        inputs = {"sources": jax.ShapeDtypeStruct((1, 8), jnp.int32), "source_lengths": row, "limits": row, "ids": row}
+        compiled = Generator(tiny.model, config)._run.lower(tiny.params, inputs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    growth = bytes_needed(64) - bytes_needed(16)
+    assert growth < 0.1 * beams * vocab * (64 - 16) * 4
