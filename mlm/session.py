@@ -11,7 +11,7 @@ A run directory holds all that is needed: the model's shape, its vocabulary, the
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ from mlm.types import EOS_ID, Params
 PARAMETERS = ("auto", "params", "ema")
 PLACES = ("source", "target")
 LOSS_ROWS = 16  # rows of a batch when losses are measured
+SAMPLES = 5  # examples of a task that a result shows
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ def load(
     mesh: MeshConfig | None = None,
     devices: Sequence[jax.Device] | None = None,
     batch_size: int = 32,
-    best_metric: str = "validation/loss",
+    best_metric: str | None = None,
     best_mode: str = "min",
 ) -> "Session":
     """The model of a run directory.
 
-    step: a checkpoint's number, "latest" (as None), or "best" by `best_metric`. parameters: "ema", the running mean,
-    "params", or "auto": the mean where the run kept one. mesh: how to split over the devices (default: rows over all);
-    devices: some of them only. batch_size: examples per device call.
+    step: a checkpoint's number, "latest" (as None), or "best" by `best_metric` (default: the held-out loss).
+    parameters: "ema", the running mean, "params", or "auto": the mean where the run kept one. mesh: how to split over
+    the devices (default: rows over all); devices: some of them only. batch_size: examples per device call.
     Raises CheckpointError for a directory without a run or checkpoint, ValueError naming both hashes when the
     vocabulary is not the one that the model was trained with.
     """
@@ -94,10 +95,10 @@ def load(
         shapes,
         shardings(shapes, model.axes(), grid),
     )
-    checkpoints = Checkpointer(
-        str(run.checkpoints), CheckpointConfig(best_metric=best_metric, best_mode=best_mode), read_only=True
-    )
-    number = _step(checkpoints, step, best_metric)
+    metric = best_metric or f"{data.get('evaluation_split', 'validation')}/loss"
+    retention = CheckpointConfig(best_metric=metric, best_mode=best_mode)
+    checkpoints = Checkpointer(str(run.checkpoints), retention, read_only=True)
+    number = _step(checkpoints, step, metric)
     subtree = _subtree(checkpoints, number, parameters)
     restored = checkpoints.restore_params(number, wanted, subtree)
     return Session(
@@ -241,20 +242,48 @@ class Session:
         num_examples: of each task, the first ones. method, options: how predictions are decoded.
         Raises KeyError with the nearest names for an unknown task, ValueError for a split without examples.
         """
-        from mlm.data.evaluator import task_names
+        name = task or self.data["mixture"]
+        results = dict(self.evaluate_each(self.tasks(name, split), split, num_examples, method, **options))
+        if list(results) == [name]:
+            return results[name]
+        table = combine(result["languages"] for result in results.values())
+        return {**self._about(name, split), **totals(table), "languages": table, "tasks": results}
+
+    def evaluate_each(
+        self,
+        tasks: Sequence[str],
+        split: str = "validation",
+        num_examples: int | None = None,
+        method: str = "greedy",
+        **options: Any,
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(task, what `evaluate` says of it) one by one: first the losses of all of them, then the metrics of each."""
+        from mlm.data.evaluator import compute_metrics
+        from mlm.data.languages import LANGUAGES
 
         self._load_tasks()
-        name = task or self.data["mixture"]
-        results = [self._evaluate_task(each, split, num_examples, method, options) for each in task_names(name, split)]
-        if len(results) == 1 and results[0]["task"] == name:
-            return results[0]
-        table = combine(result["languages"] for result in results)
-        return {
-            **self._about(name, split),
-            **totals(table),
-            "languages": table,
-            "tasks": {result["task"]: result for result in results},
-        }
+        generator = self._generator(method, options)
+        read = self._read(tasks, split, num_examples)
+        for name in tasks:
+            outcome = compute_metrics(
+                name,
+                self.vocabulary,
+                self._lengths(),
+                predict=lambda sources, prompts: generator(self.params, sources, prompts=prompts).tokens[:, 0],
+                score=lambda sources, targets: self._scorer(self.params, sources, targets).totals,
+                split=split,
+                num_examples=num_examples,
+            )
+            table = language_table(read[name].losses, [language.code for language in LANGUAGES])
+            result = {**self._about(name, split), "examples": read[name].count, **totals(table)}
+            result["metrics"] = outcome.metrics
+            if outcome.predictions:
+                result["decode"] = dataclasses.asdict(generator.config)
+                result["samples"] = [
+                    {"inputs": self._text(e.inputs), "targets": self._text(e.targets), "prediction": prediction}
+                    for e, prediction in zip(read[name].samples, outcome.predictions, strict=False)
+                ]
+            yield name, {**result, "languages": table}
 
     def tasks(self, name: str | None = None, split: str = "validation") -> list[str]:
         """The tasks of a mixture (default: the run's) that have the split."""
@@ -331,7 +360,7 @@ class Session:
     def _load_tasks(self) -> None:
         from mlm.data.registration import load_tasks
 
-        load_tasks(*self.data.get("tasks_modules", ()))
+        load_tasks(*self.data.get("task_modules", ()))
 
     def _about(self, name: str, split: str) -> dict[str, Any]:
         return {
@@ -343,36 +372,46 @@ class Session:
             "vocabulary": self.vocabulary.digest,
         }
 
-    def _evaluate_task(
-        self, name: str, split: str, num_examples: int | None, method: str, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        from mlm.data.evaluator import evaluate_task, packed_batches
-        from mlm.data.languages import LANGUAGES
+    def _lengths(self) -> Any:
         from mlm.data.recipes import Lengths
 
-        lengths = Lengths(self.data["inputs_length"], self.data["targets_length"])
-        generator = self._generator(method, options)
-        outcome = evaluate_task(
-            name,
-            self.vocabulary,
-            lengths,
-            predict=lambda sources, prompts: generator(self.params, sources, prompts=prompts).tokens[:, 0],
-            score=lambda sources, targets: self._scorer(self.params, sources, targets).totals,
-            split=split,
-            num_examples=num_examples,
-        )
-        rows = -(-LOSS_ROWS // shards(self._rows)) * shards(self._rows)
-        losses = self.language_losses(packed_batches(outcome.examples, lengths, rows))
-        table = language_table(losses, [language.code for language in LANGUAGES])
-        result = {**self._about(name, split), "examples": len(outcome.examples), **totals(table)}
-        result["metrics"] = outcome.metrics
-        if outcome.predictions:
-            result["decode"] = dataclasses.asdict(generator.config)
-            result["samples"] = [
-                {"inputs": self._text(e.inputs), "targets": self._text(e.targets), "prediction": prediction}
-                for e, prediction in list(zip(outcome.examples, outcome.predictions, strict=True))[:5]
-            ]
-        return {**result, "languages": table}
+        return Lengths(self.data["inputs_length"], self.data["targets_length"])
+
+    def _read(self, tasks: Sequence[str], split: str, num_examples: int | None) -> dict[str, "_Read"]:
+        """One pass over all tasks, their examples packed together, the sums kept apart by task and language."""
+        from mlm.data.evaluator import packed_batches, read_examples
+        from mlm.data.languages import LANGUAGES
+
+        read: dict[str, _Read] = {}
+
+        def examples() -> Iterator[Any]:
+            found = read_examples(tasks, self.vocabulary, self._lengths(), split, num_examples)
+            for name, of_task in found:
+                read[name] = _Read(len(of_task), of_task[:SAMPLES])
+                yield from of_task
+
+        def batches() -> Iterator[dict[str, np.ndarray]]:
+            rows = -(-LOSS_ROWS // shards(self._rows)) * shards(self._rows)
+            for batch in packed_batches(examples(), self._lengths(), rows):
+                both = batch["decoder_task_ids"] * len(LANGUAGES) + batch["decoder_language_ids"]
+                yield {**batch, "decoder_language_ids": both}
+
+        nll = partial(self._token_losses, self.params)
+        groups = (len(tasks) + 1) * len(LANGUAGES)  # tasks count from 1
+        sums = language_losses(nll, batches(), self.spelling(), languages=groups)
+        for number, name in enumerate(tasks, start=1):
+            own = slice(number * len(LANGUAGES), (number + 1) * len(LANGUAGES))
+            read[name].losses = LanguageLosses(*(getattr(sums, f.name)[own] for f in dataclasses.fields(sums)))
+        return read
+
+
+@dataclass
+class _Read:
+    """What one pass over a task's examples leaves."""
+
+    count: int
+    samples: list[Any]
+    losses: LanguageLosses | None = None
 
 
 def _step(checkpoints: Checkpointer, step: int | str | None, metric: str) -> int | None:

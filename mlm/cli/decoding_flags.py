@@ -29,7 +29,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", default="latest", metavar="N|best|latest", help="checkpoint to load (default: the latest)"
     )
-    parser.add_argument("--best_metric", default="validation/loss", metavar="NAME", help="what --step=best looks at")
+    parser.add_argument("--best_metric", metavar="NAME", help="what --step=best looks at (default: the held-out loss)")
     parser.add_argument(
         "--best_mode", choices=("min", "max"), default="min", help="is a smaller or a larger value better"
     )

@@ -20,9 +20,10 @@ def run(arguments: list[str]) -> int:
     tasks = _tasks(session, flags)
     results: dict[str, dict[str, Any]] = {}
     folder = Path("eval") / str(session.step)
-    for task in screen.track(tasks, f"evaluating {len(tasks)} tasks", len(tasks)):
-        results[task] = session.evaluate(task, flags.split, flags.num_examples, **options)
-        written = session.run.write_json(str(folder / f"{task}.json"), results[task])
+    found = session.evaluate_each(tasks, flags.split, flags.num_examples, **options)
+    for task, result in screen.track(found, f"evaluating {len(tasks)} tasks", len(tasks)):
+        results[task] = result
+        written = session.run.write_json(str(folder / f"{task}.json"), result)
     languages = combine(result["languages"] for result in results.values())
     if flags.json:
         print(json.dumps({"tasks": results, "languages": languages, **totals(languages)}, ensure_ascii=False, indent=1))

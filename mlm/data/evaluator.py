@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from mlm.data.batching import Example, Packer
-from mlm.data.readers import to_example
+from mlm.data.once import SEED, examples_once
 from mlm.data.recipes import Lengths, with_vocabulary
 from mlm.data.registration import get, mixture_rates
+from mlm.data.tensorflow import seqio, tf
 from mlm.data.vocabulary import Vocabulary
-
-SEED = 42  # of everything random in a task's preprocessors, so that every evaluation sees the same examples
 
 TokenLists = Sequence[np.ndarray]
 Predict = Callable[[TokenLists, TokenLists], np.ndarray]  # sources, forced beginnings -> tokens [examples, length]
@@ -28,11 +25,9 @@ Score = Callable[[TokenLists, TokenLists], np.ndarray]  # sources, targets -> lo
 
 
 @dataclass(frozen=True)
-class TaskOutcome:
-    """examples: as the task makes them. metrics: by name. predictions: decoded text; empty when no metric needs any."""
+class Outcome:
+    """metrics: by name. predictions: decoded text of each example; empty when no metric needs any."""
 
-    task: str
-    examples: list[Example]
     metrics: dict[str, float | str]
     predictions: list[str]
 
@@ -50,7 +45,20 @@ def task_names(name: str, split: str) -> list[str]:
     return found
 
 
-def evaluate_task(
+def read_examples(
+    names: Sequence[str], vocabulary: Vocabulary, lengths: Lengths, split: str, num_examples: int | None = None
+) -> Iterator[tuple[str, list[Example]]]:
+    """(task, its examples): the same at every evaluation. num_examples: the first ones of each task; None: all.
+
+    Raises ValueError for a task whose split holds no example.
+    """
+    for name, examples in examples_once(names, split, vocabulary, lengths, limit=num_examples):
+        if not examples:
+            raise ValueError(f"task {name!r} has no example in its {split} split")
+        yield name, examples
+
+
+def compute_metrics(
     name: str,
     vocabulary: Vocabulary,
     lengths: Lengths,
@@ -59,16 +67,11 @@ def evaluate_task(
     score: Score,
     split: str = "validation",
     num_examples: int | None = None,
-) -> TaskOutcome:
-    """The examples of one task, and its metrics if it has any. num_examples: the first ones only; None: all.
-
-    Raises ValueError when the split holds no example.
-    """
+) -> Outcome:
+    """The metrics of one task; none, and nothing decoded, for a task without metric functions."""
     task = with_vocabulary(get(name), vocabulary)
     if not task.metric_fns and not task.metric_objs:
-        dataset = task.get_dataset(lengths._asdict(), split, shuffle=False, seed=SEED)
-        dataset = dataset if num_examples is None else dataset.take(num_examples)
-        return TaskOutcome(name, _examples(name, split, dataset), {}, [])
+        return Outcome({}, [])
     with _quiet(), _registered(task) as registered:
         evaluator = seqio.Evaluator(
             registered,
@@ -79,7 +82,6 @@ def evaluate_task(
             num_examples=num_examples,
             async_compute_metrics=False,
         )
-        examples = _examples(name, split, evaluator.cached_task_datasets[registered])
         openers = set(vocabulary.language_tokens.values())
         kinds = seqio.metrics.ModelOutputType
         future, outputs = evaluator.evaluate(
@@ -88,9 +90,7 @@ def evaluate_task(
             score_fn=lambda dataset: _score(dataset, score),
         )
         tokens = outputs[registered].get(kinds.PREDICTION, [])
-        return TaskOutcome(
-            name,
-            examples,
+        return Outcome(
             {key: _plain(value) for key, value in future.result()[registered].items()},
             [vocabulary.decode(list(map(int, ids))) for ids in tokens],
         )
@@ -108,13 +108,6 @@ def packed_batches(examples: Iterable[Example], lengths: Lengths, rows: int) -> 
         batch = packer.take(rows)
         spare = rows - len(batch["decoder_target_tokens"])
         yield {name: np.pad(values, ((0, spare), (0, 0))) for name, values in batch.items()}
-
-
-def _examples(name: str, split: str, dataset: tf.data.Dataset) -> list[Example]:
-    records = [to_example(record, 0) for record in dataset.as_numpy_iterator()]
-    if not records:
-        raise ValueError(f"task {name!r} has no example in its {split} split")
-    return records
 
 
 def _predict(dataset: tf.data.Dataset, predict: Predict, openers: set[int]) -> list[tuple[int, np.ndarray]]:

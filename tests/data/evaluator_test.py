@@ -7,7 +7,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from mlm.data.evaluator import evaluate_task, packed_batches, task_names
+from mlm.data.evaluator import compute_metrics, packed_batches, read_examples, task_names
 from mlm.data.languages import language_id
 from mlm.data.recipes import Lengths
 from mlm.data.spelling import spelled_bytes
@@ -89,7 +89,11 @@ class Oracle:
 
 
 def evaluate(name: str, oracle: Oracle, **options):
-    return evaluate_task(name, OURS, LENGTHS, predict=oracle.predict, score=oracle.score, **options)
+    return compute_metrics(name, OURS, LENGTHS, predict=oracle.predict, score=oracle.score, **options)
+
+
+def read(*names: str, **options) -> dict:
+    return dict(read_examples(names, OURS, LENGTHS, "validation", **options))
 
 
 def test_a_perfect_model_is_perfect_and_the_vocabulary_is_the_runs():
@@ -101,24 +105,30 @@ def test_a_perfect_model_is_perfect_and_the_vocabulary_is_the_runs():
     # Targets with their end: 9 + 6 + 14 + 2 tokens, in nats by the oracle's own account.
     assert outcome.metrics["log_likelihood"] == pytest.approx(-31 / 4)
     assert outcome.predictions == [b for _, b in PAIRS]
-    assert outcome.examples[0].inputs.tolist() == [*OURS.encode("good day"), 1]
-    assert {e.language for e in outcome.examples} == {language_id("fr")}
     assert oracle.prompts == [[]] * 4
+
+
+def test_examples_are_those_of_the_task_in_the_vocabulary_of_the_run():
+    found = read("ev.fr", "ev.plain", num_examples=3)
+    assert [len(examples) for examples in found.values()] == [3, 3]
+    assert found["ev.fr"][0].inputs.tolist() == [*OURS.encode("good day"), 1]
+    assert {e.language for e in found["ev.fr"]} == {language_id("fr")}
+    assert [e.task for e in found["ev.plain"]] == [2, 2, 2]  # the second of the names
 
 
 def test_one_wrong_answer_of_four_and_only_the_first_two():
     assert evaluate("ev.fr", Oracle(wrong=("thanks",))).metrics["accuracy"] == 75.0
     outcome = evaluate("ev.fr", Oracle(wrong=("thanks",)), num_examples=2)
     assert outcome.metrics["accuracy"] == 50.0
-    assert len(outcome.examples) == 2
+    assert len(outcome.predictions) == 2
 
 
 def test_a_task_without_metrics_decodes_nothing():
     def never(*_):
         raise AssertionError("nobody asked for predictions")
 
-    outcome = evaluate_task("ev.plain", OURS, LENGTHS, predict=never, score=never, num_examples=3)
-    assert (outcome.metrics, outcome.predictions, len(outcome.examples)) == ({}, [], 3)
+    outcome = compute_metrics("ev.plain", OURS, LENGTHS, predict=never, score=never)
+    assert (outcome.metrics, outcome.predictions) == ({}, [])
 
 
 def test_a_forced_language_token_is_given_and_not_compared():
@@ -156,11 +166,11 @@ def test_names_and_splits_that_are_not_there_are_refused():
 def test_an_empty_split_is_named():
     add("ev.empty", pairs=[("", "")], metric_fns=[])
     with pytest.raises(ValueError, match=r"'ev\.empty' has no example in its validation split"):
-        evaluate("ev.empty", Oracle(), num_examples=0)
+        read("ev.empty", num_examples=0)
 
 
 def test_packed_batches_hold_every_example_once_in_equal_batches():
-    examples = evaluate("ev.plain", Oracle()).examples
+    examples = read("ev.plain")["ev.plain"]
     batches = list(packed_batches(examples * 5, LENGTHS, rows=4))
     assert {b["decoder_target_tokens"].shape for b in batches} == {(4, 24)}
     wanted = sorted(t for e in examples * 5 for t in e.targets.tolist())
