@@ -1,15 +1,17 @@
 """Cross-entropy over large vocabularies: the output head and its loss in one differentiable function.
 
-`head_cross_entropy` never holds logits for more than a slice of the target positions. While a slice is at hand it also computes the
-gradients of the hidden states and of the kernel, so the logits are formed once: 6 B T D V floating-point operations in all,
-2 B T D V when no gradient is asked for. `token_cross_entropy` is the same loss on logits, in the plainest words.
+`head_cross_entropy` never holds logits for more than a slice of the target positions. While a slice is at hand it also
+computes the gradients of the hidden states and of the kernel, so the logits are formed once: 6 B T D V floating-point
+operations in all, 2 B T D V when no gradient is asked for. `token_cross_entropy` is the same loss on logits, in the
+plainest words.
 
     nll_t  = log Z_t - l_t[y_t],   log Z_t = logsumexp_v l_t[v],   l_t[v] = sum_d hidden_t[d] kernel[d, v]
     loss_t = (1 - e) nll_t + e/(V-1) sum_{v != y} (log Z_t - l_t[v]) - entropy + z_loss (log Z_t)^2
     loss   = sum_t weights_t loss_t                                                                in nats
 
-The entropy constant of the smoothed target is subtracted, so a perfect prediction costs 0. Sources: T5X `losses.py` (z-loss, smoothing);
-Hsu et al. 2024, Liger Kernel (gradients in the forward pass); Shoeybi et al. 2019, Megatron-LM (vocabulary-parallel loss).
+The entropy of the smoothed target is subtracted, so a perfect prediction costs 0. Sources: T5X `losses.py` (z-loss,
+smoothing); Hsu et al. 2024, Liger Kernel (gradients in the forward pass); Shoeybi et al. 2019, Megatron-LM (split
+vocabulary).
 """
 
 import dataclasses
@@ -30,8 +32,8 @@ BATCH_AXES = ("replica", "data", "fsdp", "expert")  # mesh axes that split the r
 VOCAB_AXIS = "tensor"  # mesh axis that splits the vocabulary
 EMBED_AXIS = "fsdp"  # mesh axis that splits the kernel's other dimension between steps
 
-# Bytes of temporaries to aim at on one device, beside the gradients themselves. Fewer positions at a time save memory and
-# visit the kernel's gradient more often: 64 MiB keep a CPU's matrix products busy at V = 250,112, accelerators need more.
+# Bytes of temporaries to aim at on one device, beside the gradients themselves. Fewer positions at a time save memory
+# and visit the kernel's gradient more often: 64 MiB keep a CPU busy at V = 250,112, accelerators need more.
 MEMORY = {"cpu": 2**26}
 ACCELERATOR_MEMORY = 2**30
 
@@ -58,10 +60,10 @@ def head_cross_entropy(
 ) -> tuple[Float[Array, ""], TokenStats]:
     """Weighted sum of the loss of `hidden @ kernel` against `targets`, and the statistics of every position.
 
-    z_loss: coefficient of (log Z)^2. softcap: logits become softcap * tanh(logits / softcap). chunk: target positions whose
-    logits are held at a time (None: as many as fit MEMORY on one device). mesh: None takes the ambient mesh of `jax.set_mesh`;
-    rows split over BATCH_AXES and the vocabulary over VOCAB_AXIS as far as they divide. Each device sums its kernel
-    gradient over all its slices and exchanges it once; neither kernel nor logits are gathered along the vocabulary.
+    z_loss: coefficient of (log Z)^2. softcap: logits become softcap * tanh(logits / softcap). chunk: target positions
+    whose logits are held at a time (None: as many as fit MEMORY on one device). mesh: None takes the ambient mesh of
+    `jax.set_mesh`; rows split over BATCH_AXES and the vocabulary over VOCAB_AXIS as far as they divide. Each device
+    sums its kernel gradient over all its slices and exchanges it once; nothing is gathered along the vocabulary.
 
     Multiplies in the type of `hidden` and accumulates in float32 (float64 for float64). Gradients flow through the sum
     only: to hidden, kernel and weights. Raises ValueError when an option is out of its range.
@@ -160,7 +162,7 @@ def _sharded(terms, split, gradients, hidden, kernel, targets, weights):
     if split.mesh is None:
         return local(hidden, kernel, targets, weights)
     rows, columns = P(split.batch or None), P(None, split.vocab or None)
-    # The kernel's gradient leaves in pieces along D: that is how FSDP keeps the kernel, and no dearer than a full sum otherwise.
+    # The kernel's gradient leaves in pieces along D: FSDP keeps the kernel so, and otherwise it costs as much as a sum.
     scattered = P(split.embed or None, split.vocab or None)
     outputs = (P(), TokenStats(rows, rows, rows), *((rows, rows, scattered) if gradients else (None,) * 3))
     mapped = jax.shard_map(

@@ -1,4 +1,4 @@
-"""Text to text: predict every target token from the source and the targets before it. Denoising, translation, any row task."""
+"""Text to text: predict every target token from the source and the targets before it. Any row task."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from mlm.types import Batch, Hidden
 
 
 class Loss(NamedTuple):
-    """What an objective returns. Everything adds up over microbatches; the one division is by the global sum of weights.
+    """What an objective returns. Everything adds up over microbatches; the one division is by the global weight.
 
     sum: nats, weighted, with z-loss and smoothing: what is differentiated. weight: sum of the loss weights, in tokens.
     metrics: name -> (sum, weight), scalars or one entry per language [L]; the metric is sum / weight.
@@ -38,9 +38,9 @@ def text_to_text(
     """Cross-entropy of the decoder's final states against the target tokens. Options as in `head_cross_entropy`.
 
     Metrics, each (sum, weight): nll and z_loss in nats per token, accuracy, padding (share of target positions without
-    weight), and per language id language_nll, language_target_tokens, language_source_tokens, language_examples. The last three
-    are counts: their weight is the count, their sum too. A target counts for its own language, a source token for its
-    own, an example for the language of its first target.
+    weight), and per language id language_nll, language_target_tokens, language_source_tokens, language_examples. The
+    last three are counts: their weight is the count, their sum too. A target counts for its own language, a source
+    token for its own, an example for the language of its first target.
     """
     weights = batch["decoder_loss_weights"].astype(jnp.float32)
     total, stats = head_cross_entropy(
@@ -59,8 +59,8 @@ def text_to_text(
     firsts = (batch["decoder_positions"] == 0) & (batch["decoder_segment_ids"] > 0)
 
     def by_language(values: Array, languages: Int[Array, "B T"]) -> Float[Array, " L"]:
-        sums = jax.ops.segment_sum(values.reshape(-1), languages.reshape(-1), num_segments=num_languages)
-        return sums.astype(jnp.float32)
+        values = values.reshape(-1).astype(jnp.float32)
+        return jax.ops.segment_sum(values, languages.reshape(-1), num_segments=num_languages)
 
     target_tokens = by_language(weights, targets)
     source_tokens = by_language(batch["encoder_segment_ids"] > 0, batch["encoder_language_ids"])

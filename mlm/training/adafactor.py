@@ -81,9 +81,9 @@ def adafactor(
         factored: V = row column^T / mean(row);   u = g / sqrt(V);   u /= max(1, rms(u) / clipping_threshold)
         update = -(learning_rate max(rms(p), epsilon2) u), smoothed by beta1 if given, - weight_decay p
 
-    A weight is factored when both sides of its matrix (`matrix_view`) have at least min_dim_size_to_factor entries; T5X
-    skips this check for weights of three dimensions and more. `t` is the number of the update, from 1, less step_offset.
-    weight_decay is not multiplied by the learning rate. Sources: Shazeer & Stern 2018; T5X `adafactor.py`.
+    t counts updates from 1, less step_offset. A weight is factored when both sides of its matrix (`matrix_view`) have
+    at least min_dim_size_to_factor entries; T5X skips this check for weights of three dimensions and more. weight_decay
+    is not multiplied by the learning rate. Sources: Shazeer & Stern 2018; T5X `adafactor.py`.
     """
 
     def is_factored(shape: tuple[int, ...], view: MatrixView) -> bool:

@@ -1,11 +1,13 @@
-"""Optimizers by name. `make_optimizer` describes one; given the parameters' logical axes it becomes an optax transformation.
+"""Optimizers by name. `make_optimizer` describes one; the parameters' logical axes make it an optax transformation.
 
-Layers are stacked on a leading axis, so shape alone does not tell a matrix from a stack of vectors. Every factory therefore takes
-the logical axes: statistics, scales and orthogonalisation stay inside one layer, and stacked training equals unstacked.
+Layers are stacked on a leading axis, so shape alone does not tell a matrix from a stack of vectors. Every factory
+therefore takes the logical axes: statistics, scales and orthogonalisation stay inside one layer, and stacked training
+equals unstacked.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,9 +35,9 @@ def make_optimizer(
 ) -> Callable[[PyTree, PyTree], Transformation]:
     """A function (parameter axes, parameter shapes) -> optax transformation, for any entry of OPTIMIZERS.
 
-    learning_rate: a number or a schedule update count -> rate. clip_norm: gradients are scaled so that the norm over all trained
-    parameters is at most this. freeze: regular expressions on whole parameter paths; these parameters stay bit for bit
-    what they are and take no optimizer memory. options: those of the factory.
+    learning_rate: a number or a schedule update count -> rate. clip_norm: gradients are scaled so that their norm over
+    all trained parameters is at most this. freeze: regular expressions on whole parameter paths; these parameters stay
+    bit for bit what they are and take no optimizer memory. options: those of the factory.
 
     Raises KeyError for an unknown name and TypeError for an unknown option, with the nearest names; ValueError when the
     axes do not fit the shapes, or a pattern matches no parameter.
@@ -61,8 +63,11 @@ def make_optimizer(
 
 
 def axes_finder(axes: PyTree, shapes: PyTree) -> FindAxes:
-    """A function from parameters, or a part of them, to the axes of its leaves: looked up by path, so masks may hide some."""
-    known = {name: value for name, value in named_leaves(axes, is_leaf=lambda x: isinstance(x, tuple))}
+    """A function from parameters to the axes of their leaves: looked up by path, so that masks may hide some.
+
+    Raises ValueError, naming the parameter, when one has no axes or not one name for each dimension.
+    """
+    known = dict(named_leaves(axes, is_leaf=lambda x: isinstance(x, tuple)))
     for name, leaf in named_leaves(shapes):
         if name not in known:
             raise ValueError(f"parameter {name!r} has no logical axes; {nearest(name, known)}")
@@ -82,14 +87,14 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
 ) -> Transformation:
-    """AdamW: decay, multiplied by the learning rate, on matrices only, never on scales and biases. Loshchilov & Hutter 2019."""
+    """AdamW; its decay, multiplied by the learning rate, is for matrices, not for scales. Loshchilov & Hutter 2019."""
     return optax.adamw(
         learning_rate,
         b1=b1,
         b2=b2,
         eps=eps,
         weight_decay=weight_decay,
-        mask=lambda params: _matrices(params, find_axes),
+        mask=partial(_matrices, find_axes),
     )
 
 
@@ -105,7 +110,8 @@ def adamw_rms(
 ) -> Transformation:
     """AdamW whose step is proportional to the size of each weight, as Adafactor's is.
 
-    update = -learning_rate (max(rms(p), min_scale) adam(g) + weight_decay p), the decay on matrices only. Source: nanoT5, Nawrot 2023.
+    update = -learning_rate (max(rms(p), min_scale) adam(g) + weight_decay p), the decay on matrices only.
+    Source: nanoT5, Nawrot 2023.
     """
 
     def scale(updates: PyTree, params: PyTree) -> PyTree:
@@ -119,7 +125,7 @@ def adamw_rms(
     return optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
         optax.stateless(scale),
-        optax.add_decayed_weights(weight_decay, mask=lambda params: _matrices(params, find_axes)),
+        optax.add_decayed_weights(weight_decay, mask=partial(_matrices, find_axes)),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -138,8 +144,9 @@ def muon(
 ) -> Transformation:
     """Muon on the matrices inside the layers, AdamW on embeddings, head, norms and position tables.
 
-    Each layer's momentum is orthogonalised on its own, attention kernels as the D x (H K) matrix they multiply with. consistent_rms scales
-    updates to the size of AdamW's, so both parts share one learning rate. Sources: Jordan et al. 2024; Liu et al. 2025, Moonlight.
+    Each layer's momentum is orthogonalised on its own, attention kernels as the D x (H K) matrix they multiply with.
+    consistent_rms scales updates to the size of AdamW's, so both parts share one learning rate (None: Jordan's scale).
+    Sources: Jordan et al. 2024; Liu et al. 2025, Moonlight.
     """
 
     def dimension_numbers(params: PyTree) -> PyTree:
@@ -154,7 +161,7 @@ def muon(
         learning_rate,
         beta=beta,
         weight_decay=weight_decay,
-        weight_decay_mask=lambda params: _matrices(params, find_axes),
+        weight_decay_mask=partial(_matrices, find_axes),
         ns_steps=ns_steps,
         consistent_rms=consistent_rms,
         adam_b1=adam_b1,
@@ -176,8 +183,9 @@ def ema(average: PyTree, params: PyTree, decay: float | Array) -> PyTree:
 def state_axes(optimizer: Transformation, shapes: PyTree, axes: PyTree) -> PyTree:
     """Logical axes of every leaf of the optimizer's state: the tree of `optimizer.init(shapes)` with tuples of names.
 
-    A leaf belongs to the parameter whose path its own path contains. Which of the parameter's dimensions it kept is found
-    by initialising once more on shapes whose dimensions all differ. Other leaves (counters) get None for every dimension.
+    A leaf belongs to the parameter whose path its own path contains. Which of the parameter's dimensions it kept is
+    found by initialising once more on shapes whose dimensions all differ. Other leaves (counters) get None for every
+    dimension. Raises ValueError when the form of the state changes with such a small change of sizes.
     """
     find = axes_finder(axes, shapes)
     owners = {tuple(path): i for i, (path, _) in enumerate(tree_flatten_with_path(shapes)[0])}
@@ -203,7 +211,7 @@ def state_axes(optimizer: Transformation, shapes: PyTree, axes: PyTree) -> PyTre
         if owner is None:
             result.append((None,) * len(leaf.shape))
         else:
-            places = {size: name for size, name in zip(tagged[owner], names[owner])}
+            places = dict(zip(tagged[owner], names[owner]))
             result.append(tuple(places.get(size) for size in like.shape))
     return state_tree.unflatten(result)
 
@@ -224,7 +232,7 @@ def _owner(path: tuple, owners: dict[tuple, int]) -> int | None:
     return None if found is None else owners[path[slice(*found)]]
 
 
-def _matrices(params: PyTree, find_axes: FindAxes) -> PyTree:
+def _matrices(find_axes: FindAxes, params: PyTree) -> PyTree:
     """True for weights with at least two dimensions inside one layer."""
     decayed = [len(matrix_view(axes).each) >= 2 for axes in find_axes(params)]
     return jax.tree.unflatten(jax.tree.structure(params), decayed)

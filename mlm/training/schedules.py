@@ -1,4 +1,4 @@
-"""Learning rates by name: functions step -> rate, where step counts the updates already made (the first update asks for 0).
+"""Learning rates by name: functions step -> rate, where step counts the updates already made (0 for the first).
 
 Linear warm-up to the peak is (step + 1) / warmup_steps, so the first update already moves.
 """
@@ -28,7 +28,7 @@ def inverse_sqrt(*, learning_rate: float = 1.0, warmup_steps: int = 10_000) -> S
 
 
 def inverse_sqrt_warmup(*, learning_rate: float, warmup_steps: int) -> Schedule:
-    """Linear warm-up to the peak `learning_rate`, then learning_rate * sqrt(warmup_steps / step). Vaswani et al. 2017."""
+    """Linear warm-up to the peak learning_rate, then learning_rate * sqrt(warmup_steps / step). Vaswani et al. 2017."""
     _positive("inverse_sqrt_warmup", warmup_steps=warmup_steps)
     return lambda step: (
         learning_rate * _warmup(step, warmup_steps) * jnp.sqrt(warmup_steps / jnp.maximum(_float(step), warmup_steps))
@@ -36,7 +36,10 @@ def inverse_sqrt_warmup(*, learning_rate: float, warmup_steps: int) -> Schedule:
 
 
 def cosine(*, learning_rate: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.1) -> Schedule:
-    """Linear warm-up, then half a cosine from the peak down to final_fraction of it at total_steps. Loshchilov & Hutter 2017."""
+    """Linear warm-up, then half a cosine from the peak down to final_fraction of it at total_steps.
+
+    Source: Loshchilov & Hutter 2017.
+    """
     _order("cosine", warmup_steps, total_steps)
 
     def rate(step):
@@ -60,9 +63,12 @@ def linear(*, learning_rate: float, total_steps: int, warmup_steps: int = 0, fin
 def warmup_stable_decay(
     *, learning_rate: float, total_steps: int, decay_steps: int, warmup_steps: int = 0, final_fraction: float = 0.0
 ) -> Schedule:
-    """Linear warm-up, the peak, and over the last decay_steps a straight line to final_fraction of it. Hu et al. 2024, MiniCPM."""
+    """Linear warm-up, the peak, and over the last decay_steps a straight line down to final_fraction of it.
+
+    Source: Hu et al. 2024, MiniCPM.
+    """
     _positive("warmup_stable_decay", decay_steps=decay_steps)
-    _order("warmup_stable_decay", warmup_steps + decay_steps - 1, total_steps)
+    _order("warmup_stable_decay", warmup_steps + decay_steps, total_steps)
 
     def rate(step):
         fall = 1.0 - _progress(step, total_steps - decay_steps, total_steps)
@@ -96,7 +102,7 @@ def _warmup(step: Any, warmup_steps: int):
 
 
 def _progress(step: Any, start: int, end: int):
-    return jnp.clip((_float(step) - start) / (end - start), 0.0, 1.0)
+    return jnp.clip((_float(step) - start) / max(end - start, 1), 0.0, 1.0)
 
 
 def _positive(name: str, **values: int) -> None:
@@ -106,8 +112,8 @@ def _positive(name: str, **values: int) -> None:
 
 
 def _order(name: str, before: int, total_steps: int) -> None:
-    if not 0 <= before < total_steps:
+    if before > total_steps or total_steps < 1:
         raise ValueError(
-            f"{name}: total_steps={total_steps} must be larger than the {before} steps of the other phases; "
+            f"{name}: total_steps={total_steps} is less than the {before} steps of its phases; "
             f"shorten them or train longer"
         )
