@@ -1,11 +1,13 @@
-"""The text that is shipped with the package, in every language it has; see corpora/NOTICE.md for its sources and licences.
+"""The text that is shipped with the package, in every language it has.
 
-corpus      file                 tasks
-help        help_mpl.tsv.gz      denoise, translate   help and interface sentences (LibreOffice, Firefox)
-ui          ui_parallel.tsv.gz   denoise, translate   interface sentences (Home Assistant, iD)
-tatoeba     tatoeba.tsv.gz       denoise, translate   everyday sentences
-udhr        udhr.tsv.gz          denoise, retrieve    the Universal Declaration of Human Rights
-uagec       uagec.tsv.gz         correct              grammatical error correction (Ukrainian)
+    corpus      file                 tasks
+    help        help_mpl.tsv.gz      denoise, translate   help and interface sentences (LibreOffice, Firefox)
+    ui          ui_parallel.tsv.gz   denoise, translate   interface sentences (Home Assistant, iD)
+    tatoeba     tatoeba.tsv.gz       denoise, translate   everyday sentences
+    udhr        udhr.tsv.gz          denoise, retrieve    the Universal Declaration of Human Rights
+    uagec       uagec.tsv.gz         correct              grammatical error correction (Ukrainian)
+
+Sources and licences: corpora/NOTICE.md, corpora/LICENSES.md.
 """
 
 from functools import partial
@@ -24,10 +26,10 @@ from mlm.sampling import unimax
 ALIGNED = {
     "help": (
         "help_mpl.tsv.gz",
-        "ab ach af an ar as ast az be bg bn bo br brx bs ca ca-valencia cak cs da de dgo dsb dz el eo es et fa ff fi fr "
-        "fur fy ga gd gl gn gu he hi hr hsb hu hy ia id it ja kab km kn ko kok ks ku lij lo lt lv mai mk ml mn mni mr "
-        "ms my nb ne nl nn nr nso oc om or pa pl pt pt-BR rm ro ru rw sa sat sc sco sd si sid sk skr sl son sq sr sr-Latn "
-        "ss st sv szl te tg th tl tn tr trs ts ug uk ur uz ve vec vi xh zh zh-Hant zu",
+        "ab ach af an ar as ast az be bg bn bo br brx bs ca ca-valencia cak cs da de dgo dsb dz el eo es et fa ff fi "
+        "fr fur fy ga gd gl gn gu he hi hr hsb hu hy ia id it ja kab km kn ko kok ks ku lij lo lt lv mai mk ml mn mni "
+        "mr ms my nb ne nl nn nr nso oc om or pa pl pt pt-BR rm ro ru rw sa sat sc sco sd si sid sk skr sl son sq sr "
+        "sr-Latn ss st sv szl te tg th tl tn tr trs ts ug uk ur uz ve vec vi xh zh zh-Hant zu",
     ),
     "ui": (
         "ui_parallel.tsv.gz",
@@ -99,8 +101,8 @@ correct = add_rewriting_tasks(
     postprocess_fn=with_source,
 )
 
-# The quickstart reads the languages that have aligned text, and what the Declaration adds to them. Its budget is about what two CPU
-# cores read in eight minutes.
+# The quickstart reads the languages that have aligned text, and what the Declaration adds to them. Its budget is about
+# what two CPU cores read in eight minutes.
 aligned = {"en", *" ".join(codes for _, codes in ALIGNED.values()).split()}
 unimax_by_characters = partial(unimax, budget=10e6, max_epochs=6)
 register_mixture(

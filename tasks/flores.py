@@ -1,7 +1,8 @@
 """FLORES-200 (NLLB Team 2022): the same 2,009 sentences in 204 languages, for evaluation only.
 
-Read from the published files below $DATA_ROOT: flores200/dev/<code>.dev (997 lines) and flores200/devtest/<code>.devtest (1,012
-lines), one sentence a line, line n of every language being the same sentence. A published folder `flores200_dataset` is renamed.
+Read from the published files below $DATA_ROOT: flores200/dev/<code>.dev (997 lines) and
+flores200/devtest/<code>.devtest (1,012 lines), one sentence a line, line n of every language being the same sentence. A
+published folder `flores200_dataset` is renamed.
 """
 
 from mlm.data.registration import add_translation_tasks, register_mixture
@@ -27,7 +28,7 @@ CODES = """
     szl_Latn tam_Taml tat_Cyrl tel_Telu tgk_Cyrl tgl_Latn tha_Thai tir_Ethi taq_Latn taq_Tfng tpi_Latn tsn_Latn
     tso_Latn tuk_Latn tum_Latn tur_Latn twi_Latn tzm_Tfng uig_Arab ukr_Cyrl umb_Latn urd_Arab uzn_Latn vec_Latn
     vie_Latn war_Latn wol_Latn xho_Latn ydd_Hebr yor_Latn yue_Hant zho_Hans zho_Hant zsm_Latn zul_Latn
-""".split()
+"""
 
 
 def source(code: str) -> PublishedSource:
@@ -41,5 +42,7 @@ def source(code: str) -> PublishedSource:
     )
 
 
-flores = add_translation_tasks("flores", {code: source(code) for code in CODES}, metrics=by_language("bleu", "chrf++"))
+flores = add_translation_tasks(
+    "flores", {code: source(code) for code in CODES.split()}, metrics=by_language("bleu", "chrf++")
+)
 register_mixture("flores.all", [(name, 1.0) for name in flores])

@@ -1,7 +1,8 @@
 """mC4 (Xue et al. 2021): web text of 107 languages and transliterations, by `c4/multilingual`.
 
-Read from TFDS when `c4/multilingual:3.1.0` is prepared in $TFDS_DATA_DIR, else from the JSON lines that allenai publishes, below
-$DATA_ROOT/c4/multilingual: c4-<language>.tfrecord-00000-of-01024.json.gz, c4-<language>-validation.tfrecord-00000-of-00001.json.gz.
+Read from TFDS when `c4/multilingual:3.1.0` is prepared in $TFDS_DATA_DIR, else from the JSON lines that allenai
+publishes, below $DATA_ROOT/c4/multilingual: c4-<language>.tfrecord-00000-of-01024.json.gz,
+c4-<language>-validation.tfrecord-00000-of-00001.json.gz.
 """
 
 from functools import partial
@@ -10,8 +11,8 @@ from mlm.data.registration import add_denoising_tasks, register_mixture
 from mlm.data.sources import Counts, Layout, PublishedSource, read_json_lines
 from mlm.sampling import temperature, unimax
 
-# Language, tokens (10^9), pages (10^6). Recalled from table 6 of the mT5 paper and checked against its totals (6.3 T tokens, 6.6 G
-# pages) and its sampling rates, which pages^0.3 reproduces; verify before quoting.
+# Language, tokens (10^9), pages (10^6). Recalled from table 6 of the mT5 paper and checked against its totals (6.3 T
+# tokens, 6.6 G pages) and its sampling rates, which pages^0.3 reproduces; verify before quoting.
 SIZES = """
     en 2733 3067, ru 713 756, es 433 416, de 347 397, fr 318 333, it 162 186, pt 146 169, pl 130 126, nl 73 96,
     tr 71 88, ja 164 87, vi 116 79, id 69 70, cs 63 60, zh 39 55, fa 52 54, ar 57 53, sv 45 49, ro 52 46, el 43 42,

@@ -1,8 +1,10 @@
-"""Examples -> rows of a batch: each in a row of its own, or several packed into one. NumPy only; nothing here knows TensorFlow.
+"""Examples -> rows of a batch: each in a row of its own, or several packed into one. NumPy only; nothing here knows
+TensorFlow.
 
-Packing is first fit over a few open rows: an example goes to the oldest open row with room for both its source and its target; when
-none has room, the oldest row is closed. A token's segment number says which example of its row it belongs to, positions start again
-in every segment, and the decoder's input is the target shifted right inside its segment, starting with the padding id.
+Packing is first fit over a few open rows: an example goes to the oldest open row with room for both its source and its
+target; when none has room, the oldest row is closed. A token's segment number says which example of its row it belongs
+to, positions start again in every segment, and the decoder's input is the target shifted right inside its segment,
+starting with the padding id.
 
 The rows that are still open are part of the state, so a restored packer goes on exactly where the saved one stood.
 """

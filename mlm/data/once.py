@@ -1,19 +1,19 @@
 """Every example of a split exactly once, in order: what evaluation and inspection read.
 
-Hundreds of tasks go through the shared graphs together, so that the held-out text of every language costs seconds; SeqIO's
-`task.get_dataset` gives the same records, at half a second to two seconds for each task before its first example.
+Hundreds of tasks go through the shared graphs together, so that the held-out text of every language costs seconds;
+SeqIO's `task.get_dataset` gives the same records, at half a second to two seconds for each task before its first
+example.
 """
 
 import zlib
 from collections.abc import Iterator, Sequence
-
-import seqio
 
 from mlm.data.batching import Example
 from mlm.data.readers import check_features, is_unit_task, to_example
 from mlm.data.recipes import Lengths, compile_recipe, with_vocabulary
 from mlm.data.registration import get
 from mlm.data.sources import TableSource
+from mlm.data.tensorflow import seqio
 from mlm.data.vocabulary import Vocabulary
 
 SEED = 42  # of the noise; the same examples at every evaluation
@@ -30,7 +30,8 @@ def examples_once(
 ) -> Iterator[tuple[str, list[Example]]]:
     """(task name, its examples) for each of `names` in order; an example's task id is the place of its name, from 1.
 
-    limit: the first so many examples of each task. Raises KeyError for an unknown name, ValueError for a split that it does not have.
+    limit: the first so many examples of each task. Raises KeyError for an unknown name, ValueError for a split that it
+    does not have.
     """
     tasks = {number: _task(name, split) for number, name in enumerate(names, start=1)}
     waiting: list[int] = []

@@ -5,16 +5,18 @@
     saved = batches.state()                  # virtual shard -> bytes
     BatchIterator(config).restore(saved)     # continues with the batch after `rows`
 
-A run has a fixed number of virtual shards, whatever the number of processes. Shard s makes rows [s, s + 1) · batch_size / shards of
-every global batch; process p owns a contiguous block of shards. So one process and four see the same global batches, and a run
-that was saved by four continues on two.
+A run has a fixed number of virtual shards, whatever the number of processes. Shard s makes rows [s, s + 1) · batch_size
+/ shards of every global batch; process p owns a contiguous block of shards. So one process and four see the same global
+batches, and a run that was saved by four continues on two.
 
-Inside a shard everything is a function of (seed, shard, number of the draw): draw i takes a uniform number from a counter-based
-generator and picks a task by the rates that hold for the current batch; the task's reader (mlm.data.readers) gives its next example;
-the packer (mlm.data.batching) puts it into a row. The state is the number of draws, each reader's place and the rows still open.
+Inside a shard everything is a function of (seed, shard, number of the draw): draw i takes a uniform number from a
+counter-based generator and picks a task by the rates that hold for the current batch; the task's reader
+(mlm.data.readers) gives its next example; the packer (mlm.data.batching) puts it into a row. The state is the number of
+draws, each reader's place and the rows still open.
 
-Why SeqIO's own mixing is not used: it builds, traces and checkpoints one tf.data pipeline for every task, which took 15 s to build
-and 6 to 11 s to the first batch for 250 tasks on two cores, with text files. Here tasks that share a recipe share one graph.
+Why SeqIO's own mixing is not used: it builds, traces and checkpoints one tf.data pipeline for every task, which took 15
+s to build and 6 to 11 s to the first batch for 250 tasks on two cores, with text files. Here tasks that share a recipe
+share one graph.
 """
 
 import dataclasses
@@ -25,12 +27,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import seqio
 
 from mlm.data.batching import Example, Packer, Rows, arrays_to_rows, rows_to_arrays
 from mlm.data.readers import Place, Reader, fetch, make_reader
 from mlm.data.recipes import Lengths
 from mlm.data.registration import default_vocabulary, get, mixture_rates
+from mlm.data.tensorflow import seqio
 from mlm.data.vocabulary import Vocabulary, load_vocabulary
 from mlm.sampling import stages
 
@@ -42,9 +44,9 @@ class DataConfig:
     """What a run reads.
 
     mixture: a registered mixture or task. batch_size: global rows. inputs_length, targets_length: tokens of a row.
-    shards: virtual data shards; the most processes that can share the reading. vocabulary: path of a vocabulary file, or "bytes";
-    None: the tasks' default. stages: ((progress, mixture), …): from that share of `steps` on, rates are those of another mixture,
-    e.g. ((0.0, "all"), (0.8, "clean")); overrides `mixture`.
+    shards: virtual data shards; the most processes that can share the reading. vocabulary: path of a vocabulary file,
+    or "bytes"; None: the tasks' default. stages: ((progress, mixture), …): from that share of `steps` on, rates are
+    those of another mixture, e.g. ((0.0, "all"), (0.8, "clean")); overrides `mixture`.
     """
 
     mixture: str
@@ -72,8 +74,8 @@ class DataConfig:
         starts = [start for start, _ in self.stages]
         if self.stages and (starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1 or not self.steps):
             raise ValueError(
-                f"stages={self.stages} with steps={self.steps}: stages start at growing shares of the steps, the first at 0.0, "
-                "all below 1.0, and steps says of how many batches"
+                f"stages={self.stages} with steps={self.steps}: stages start at growing shares of the steps, "
+                "the first at 0.0, all below 1.0, and steps says of how many batches"
             )
 
     @property
@@ -85,7 +87,8 @@ class DataConfig:
 
 
 class BatchIterator(Iterator[dict[str, np.ndarray]]):
-    """This process's rows of every global batch. Attributes: `tasks`, task id − 1 -> name; `vocabulary`; `batch`, how many were taken.
+    """This process's rows of every global batch. Attributes: `tasks`, task id − 1 -> name; `vocabulary`; `batch`, how
+    many were taken.
 
     Raises KeyError with nearest names for an unknown mixture, ValueError when processes do not divide the shards.
     """
@@ -126,9 +129,11 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         return {shard.number: shard.encode(place) for shard, place in zip(self._shards, snapshots, strict=True)}
 
     def restore(self, states: Mapping[int, bytes]) -> "BatchIterator":
-        """Continues after the batch that was the last one when `states` were taken; other processes' shards may be among them.
+        """Continues after the batch that was the last one when `states` were taken; other processes' shards may be
+        among them.
 
-        Raises ValueError when a shard is missing, or when the states belong to other data, another seed or other lengths.
+        Raises ValueError when a shard is missing, or when the states belong to other data, another seed or other
+        lengths.
         """
         missing = [shard.number for shard in self._shards if shard.number not in states]
         if missing:
@@ -234,14 +239,14 @@ class _Shard:
         places = sorted(snapshot.places.items())
         iterators = {f"iterator/{n}": np.frombuffer(p.iterator, np.uint8) for n, p in places if p.iterator}
         file = io.BytesIO()
-        np.savez_compressed(
-            file,
-            identity=np.array(self._identity()),
-            progress=np.array([snapshot.batch, snapshot.draws], np.int64),
-            places=np.array([(number, place.unit, place.used) for number, place in places], np.int64).reshape(-1, 3),
+        arrays = {
+            "identity": np.array(self._identity()),
+            "progress": np.array([snapshot.batch, snapshot.draws], np.int64),
+            "places": np.array([(number, place.unit, place.used) for number, place in places], np.int64).reshape(-1, 3),
             **iterators,
             **{f"packer/{name}": array for name, array in rows_to_arrays(snapshot.rows).items()},
-        )
+        }
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stub takes the first one for allow_pickle
         return file.getvalue()
 
     def restore(self, state: bytes) -> int:

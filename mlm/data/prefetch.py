@@ -18,9 +18,9 @@ class Resumable(Protocol):
 class Prefetcher(Iterator):
     """Hands out the batches of `source` in order; at most `depth` wait ready.
 
-    `state()` is the place after the batch that was handed out last, whatever lies ready behind it: a run that is saved and restored
-    sees every batch exactly once. prepare: done to every batch in the thread, e.g. moving it to the devices.
-    An error of the source is raised by the call that would have returned its batch. `close` ends the thread.
+    `state()` is the place after the batch that was handed out last, whatever lies ready behind it: a run that is saved
+    and restored sees every batch exactly once. prepare: done to every batch in the thread, e.g. moving it to the
+    devices. An error of the source is raised by the call that would have returned its batch. `close` ends the thread.
     """
 
     def __init__(self, source: Resumable, depth: int = 2, prepare: Callable[[Any], Any] = lambda batch: batch):

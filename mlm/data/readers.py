@@ -1,14 +1,16 @@
 """One task's examples in one virtual data shard, in an order that can be left and found again exactly.
 
-A task is read in *units*: a few records that its recipe turns into examples together (text of one language that is joined and cut,
-or a single pair). A place is two numbers: a unit, and how many of its examples have been used.
+A task is read in *units*: a few records that its recipe turns into examples together (text of one language that is
+joined and cut, or a single pair). A place is two numbers: a unit, and how many of its examples have been used.
 
-Unit number g of a table is a pure function of (seed, task, g): records [g k, (g + 1) k) of an endless sequence in which every epoch
-is a permutation of its own. Shard s of n reads the units s, s + n, s + 2n, …, so the shards together read every record once an epoch.
+Unit number g of a table is a pure function of (seed, task, g): records [g k, (g + 1) k) of an endless sequence in which
+every epoch is a permutation of its own. Shard s of n reads the units s, s + n, s + 2n, …, so the shards together read
+every record once an epoch.
 
-Sources that cannot be addressed by number (TFDS, large files, SeqIO tasks with pipelines of their own) are read through a tf.data
-iterator in blocks, shuffled inside the block by number. Where the iterator stood at the start of the block is kept as the bytes of
-its checkpoint; a restored reader reads the block again. So no records are saved, and taking a snapshot costs microseconds.
+Sources that cannot be addressed by number (TFDS, large files, SeqIO tasks with pipelines of their own) are read through
+a tf.data iterator in blocks, shuffled inside the block by number. Where the iterator stood at the start of the block is
+kept as the bytes of its checkpoint; a restored reader reads the block again. So no records are saved, and taking a
+snapshot costs microseconds.
 """
 
 import functools
@@ -18,12 +20,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from mlm.data.batching import Example
 from mlm.data.recipes import Lengths, Units, compile_recipe, with_vocabulary
 from mlm.data.sources import TableSource
+from mlm.data.tensorflow import seqio, tf
 from mlm.data.vocabulary import Vocabulary
 
 BLOCK_RECORDS = 256  # of a source that is read in order: what is shuffled together
@@ -31,7 +32,9 @@ BLOCK_EXAMPLES = 64  # of a SeqIO task with its own pipeline
 
 
 class Place(NamedTuple):
-    """Where a reader stands: what a restored one needs to continue. iterator: bytes for the block of the unit, empty for tables."""
+    """Where a reader stands: what a restored one needs to continue. iterator: bytes for the block of the unit, empty
+    for tables.
+    """
 
     unit: int
     used: int
@@ -91,13 +94,13 @@ class UnitReader(Reader):
 class TableReader(UnitReader):
     """Reads a TableSource: any unit at any time."""
 
-    def __init__(self, *args, shuffle: bool = True):
+    def __init__(self, *args):
         super().__init__(*args)
         table = self.task.source.table(self.split)
         self.columns = {name: table[column] for name, column in self.units.columns}
         self.count = len(next(iter(self.columns.values())))
         self.records = min(self.units.recipe.records, self.count)
-        self._order = functools.lru_cache(maxsize=2)(self._permutation if shuffle else lambda epoch: range(self.count))
+        self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
     def unit(self, number: int) -> dict[str, list[bytes]]:
         first = (number * self.shards + self.shard) * self.records
@@ -186,8 +189,9 @@ def check_features(task: seqio.Task, features) -> None:
     """Raises ValueError when a task's examples lack a feature that every example carries."""
     if missing := {"inputs", "targets", "language"} - set(features):
         raise ValueError(
-            f"task {task.name!r} has no feature {', '.join(sorted(missing))}; every example carries inputs, targets and the "
-            "id of its language: add the preprocessor partial(mlm.data.preprocessors.add_ids, language='sw', task=0)"
+            f"task {task.name!r} has no feature {', '.join(sorted(missing))}; every example carries inputs, targets "
+            "and the id of its language: add the preprocessor "
+            "partial(mlm.data.preprocessors.add_ids, language='sw', task=0)"
         )
 
 
@@ -264,11 +268,11 @@ def fetch(readers: Sequence[Reader], needed: Sequence[int], vocabulary: Vocabula
             return
         by_recipe: dict = {}
         for reader, missing in short:
-            if isinstance(reader, UnitReader):
+            if isinstance(reader, ExampleReader):
+                reader.fetch()
+            elif isinstance(reader, UnitReader):
                 count = max(1, round(missing / max(reader.examples_per_unit, 1.0)))
                 by_recipe.setdefault(reader.units.recipe, []).append((reader, count))
-            else:
-                reader.fetch()
         for recipe, asked in by_recipe.items():
             _fetch_units(recipe, asked, vocabulary, lengths)
     raise ValueError(f"task {short[0][0].task.name!r} gives no example: every record of it is dropped")

@@ -1,9 +1,9 @@
 """Recipes: how records become examples, as one TensorFlow graph that all tasks of a kind share.
 
-A task made from a recipe has one SeqIO preprocessor, `Units(recipe, language, …)`. Used by SeqIO it is an ordinary preprocessor;
-used by the batch pipeline, hundreds of such tasks run through one traced graph, with the language and the target's language token
-passed in as numbers. This is what keeps a mixture of hundreds of tasks quick to start: SeqIO traces every preprocessor of every
-task, 60 ms a task, and fills a shuffle buffer for each.
+A task made from a recipe has one SeqIO preprocessor, `Units(recipe, language, …)`. Used by SeqIO it is an ordinary
+preprocessor; used by the batch pipeline, hundreds of such tasks run through one traced graph, with the language and the
+target's language token passed in as numbers. This is what keeps a mixture of hundreds of tasks quick to start: SeqIO
+traces every preprocessor of every task, 60 ms a task, and fills a shuffle buffer for each.
 """
 
 import dataclasses
@@ -13,13 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from mlm.data.languages import language_id
 from mlm.data.plans import PLANS
 from mlm.data.preprocessors import clean
 from mlm.data.rows import frame
+from mlm.data.tensorflow import seqio, tf
 from mlm.data.vocabulary import Vocabulary
 
 THREADS = 2  # of the shared graphs; the order of their results does not depend on it
@@ -36,9 +35,10 @@ class Lengths(NamedTuple):
 class Recipe:
     """records: how many records make a unit; columns: their string features.
 
-    examples(unit, seed, vocabulary, lengths) is graph code: unit holds each column as strings [records] and each constant as an
-    int32 scalar; seed is int64 [2] for stateless random ops; returns ragged int32 tensors `inputs` and `targets` [examples, tokens].
-    constants(units, vocabulary) gives the numbers that differ between tasks, such as language tokens.
+    examples(unit, seed, vocabulary, lengths) is graph code: unit holds each column as strings [records] and each
+    constant as an int32 scalar; seed is int64 [2] for stateless random ops; returns ragged int32 tensors `inputs` and
+    `targets` [examples, tokens]. constants(units, vocabulary) gives the numbers that differ between tasks, such as
+    language tokens.
     """
 
     name: str
@@ -52,8 +52,8 @@ class Recipe:
 class Units:
     """The one preprocessor of a task made from a recipe.
 
-    language: of the targets; inputs_language: of the inputs. columns: which column of the source is which column of the recipe,
-    ((recipe's, source's), …). task: the number that SeqIO examples carry.
+    language: of the targets; inputs_language: of the inputs. columns: which column of the source is which column of the
+    recipe, ((recipe's, source's), …). task: the number that SeqIO examples carry.
     """
 
     recipe: Recipe
@@ -70,6 +70,7 @@ class Units:
         return language_id(self.language), language_id(self.inputs_language)
 
     def __call__(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        assert self.output_features is not None, "SeqIO gives a task's features to its preprocessors"
         vocabulary = self.output_features["targets"].vocabulary
         lengths = lengths_of(self.sequence_length)
         constants = {name: tf.constant(value) for name, value in self.recipe.constants(self, vocabulary).items()}
@@ -128,7 +129,9 @@ Process = Callable[[Sequence[Units], Sequence[dict[str, list[bytes]]], Sequence[
 
 @functools.lru_cache(maxsize=64)
 def compile_recipe(recipe: Recipe, vocabulary: Vocabulary, lengths: Lengths) -> Process:
-    """The recipe as a function of many units at once: (their tasks' preprocessors, records by column, seeds) -> examples of each."""
+    """The recipe as a function of many units at once: (their tasks' preprocessors, records by column, seeds) ->
+    examples of each.
+    """
     options = tf.data.Options()
     options.autotune.enabled = False
     options.threading.private_threadpool_size = THREADS

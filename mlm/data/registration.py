@@ -3,9 +3,10 @@
     names = add_denoising_tasks("help", {language: source(language) for language in LANGUAGES})
     register_mixture("help.all", names, partial(unimax, budget=1e9, max_epochs=4))
 
-What is registered are ordinary `seqio.Task` and `seqio.Mixture` objects, found by `seqio.get_mixture_or_task(name)`. Registering reads
-no data: sources are read, and rates computed from their sizes, when a dataset is asked for. Names: `<corpus>.denoise.<language>`,
-`<corpus>.translate.<from>.<to>`, … with languages in our codes and `_` for `-`, which SeqIO does not allow in names.
+What is registered are ordinary `seqio.Task` and `seqio.Mixture` objects, found by `seqio.get_mixture_or_task(name)`.
+Registering reads no data: sources are read, and rates computed from their sizes, when a dataset is asked for. Names:
+`<corpus>.denoise.<language>`, `<corpus>.translate.<from>.<to>`, … with languages in our codes and `_` for `-`, which
+SeqIO does not allow in names.
 
 A task's own vocabulary (bytes, with a token for every language) is only a default; a run's vocabulary takes its place.
 """
@@ -16,12 +17,11 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from mlm.data.languages import LANGUAGES, language, language_id
 from mlm.data.recipes import REWRITING, SPAN_CORRUPTION, TRANSLATION, Recipe, Units
 from mlm.data.sources import Counts, TableSource
+from mlm.data.tensorflow import seqio, tf
 from mlm.data.vocabulary import ByteVocabulary, Vocabulary
 from mlm.registry import nearest
 
@@ -80,7 +80,9 @@ def add_rewriting_tasks(
     metrics: Metrics = lambda language: (),
     **seqio_arguments,
 ) -> list[str]:
-    """One task `<corpus>.<objective>.<language>` for each language -> source of (inputs, targets) columns. Returns the names."""
+    """One task `<corpus>.<objective>.<language>` for each language -> source of (inputs, targets) columns. Returns the
+    names.
+    """
     return [
         add_task(
             f"{corpus}.{objective}.{slug(code)}",
@@ -119,7 +121,9 @@ def add_task(
 
 
 def features(vocabulary: Vocabulary) -> dict[str, seqio.Feature]:
-    """The `output_features` of every task: token ids, and the ids of its language and task. SeqIO mixes only tasks with equal ones."""
+    """The `output_features` of every task: token ids, and the ids of its language and task. SeqIO mixes only tasks with
+    equal ones.
+    """
     number = seqio.Feature(seqio.PassThroughVocabulary(2**31 - 1), add_eos=False, rank=0, dtype=tf.int32)
     tokens = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
     return {"inputs": tokens, "targets": tokens, "language": number, "task": number}
@@ -144,20 +148,20 @@ def register_mixture(
 ) -> str:
     """Registers a mixture of tasks whose rates come from their sizes, or of (mixture or task, rate) pairs.
 
-    policy: sizes of the *languages* in training text -> their rates; a language's rate is divided among its tasks by size. A
-    translation belongs to the language that is not the pivot's, so that English does not count a hundred times.
-    count: "characters", "examples" or "tokens", the unit of these sizes.
-    Raises ValueError when members without a rate come without a policy.
+    policy: sizes of the *languages* in training text -> their rates; a language's rate is divided among its tasks by
+    size. A translation belongs to the language that is not the pivot's, so that English does not count a hundred times.
+    count: "characters", "examples" or "tokens", the unit of these sizes. Raises ValueError when members without a rate
+    come without a policy.
     """
     named = [m for m in members if isinstance(m, str)]
-    if named and policy is None:
+    if policy is None and named:
         raise ValueError(f"mixture {name!r}: {named[0]!r} has neither a rate nor a sampling policy; give one of them")
     for member in (m if isinstance(m, str) else m[0] for m in members):
         get(member)
 
     @functools.cache
     def rates() -> dict[str, float]:
-        return language_rates([seqio.TaskRegistry.get(task) for task in named], policy, count)
+        return language_rates([seqio.TaskRegistry.get(task) for task in named], policy, count) if policy else {}
 
     from_size = lambda task: rates()[task.name]  # noqa: E731  SeqIO calls it with the task when it needs the rate
     seqio.MixtureRegistry.add(name, [(m, from_size) if isinstance(m, str) else m for m in members])
@@ -210,7 +214,8 @@ def mixture_rates(name: str) -> dict[str, float]:
 
 
 def _rates(mixture: seqio.Mixture) -> dict[str, float]:
-    # Mixture.get_rate gives the same numbers one by one, and takes seconds for a mixture of mixtures of hundreds of tasks.
+    # Mixture.get_rate gives the same numbers one by one, and takes seconds for a mixture of mixtures of hundreds of
+    # tasks.
     rates: dict[str, float] = {}
     for member, rate in mixture.rate_per_task_name.items():
         provider = get(member)

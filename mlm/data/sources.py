@@ -2,10 +2,10 @@
 
     >>> pairs("help_mpl.tsv.gz").table("fr", "validation")["english"][0]
 
-Held-out text is held out by document, for every language: in the parallel corpora the English sentence decides (`split_of`), so a
-sentence is in the same split in every language and in every corpus; of the Universal Declaration whole articles are held out, the
-same ones in all languages; corrections are split by their document. A training record whose other side also stands in the held-out
-text of its language is dropped.
+Held-out text is held out by document, for every language: in the parallel corpora the English sentence decides
+(`split_of`), so a sentence is in the same split in every language and in every corpus; of the Universal Declaration
+whole articles are held out, the same ones in all languages; corrections are split by their document. A training record
+whose other side also stands in the held-out text of its language is dropped.
 """
 
 import dataclasses
@@ -20,13 +20,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import seqio
-import tensorflow as tf
+from typing import Any, NamedTuple
 
 from mlm import shipped
 from mlm.data import languages
+from mlm.data.tensorflow import seqio, tf
 from mlm.registry import nearest
 
 SPLITS = ("train", "validation", "test")
@@ -69,7 +67,9 @@ class Corpus:
 
 @functools.cache
 def pairs(file: str) -> Corpus:
-    """Aligned sentences: columns `english`, `other`; the language "en" holds the distinct English sides as `text`, the others also."""
+    """Aligned sentences: columns `english`, `other`; the language "en" holds the distinct English sides as `text`, the
+    others also.
+    """
     fields = ("language", "english", "other", "source")
     rows: dict[str, dict[str, dict[tuple[str, str], None]]] = {}
     for code, english, other, _ in read_tsv(corpus_path(file), fields):
@@ -98,7 +98,9 @@ def pairs(file: str) -> Corpus:
 
 @functools.cache
 def declaration(file: str) -> Corpus:
-    """The Universal Declaration of Human Rights: columns `text`, `unit` (t, p, 1 … 30) and `version` (the collection's code)."""
+    """The Universal Declaration of Human Rights: columns `text`, `unit` (t, p, 1 … 30) and `version` (the collection's
+    code).
+    """
     rows: dict[str, dict[str, Columns]] = {}
     for code, unit, text in read_tsv(corpus_path(file), ("code", "unit", "text")):
         split = "validation" if unit in VALIDATION_ARTICLES else "test" if unit in TEST_ARTICLES else "train"
@@ -121,7 +123,9 @@ def corrections(file: str) -> Corpus:
 
 
 def split_of(text: str) -> str:
-    """The split of a document by a hash of its text: 88 % train, 6 % validation, 6 % test. Case and punctuation do not matter."""
+    """The split of a document by a hash of its text: 88 % train, 6 % validation, 6 % test. Case and punctuation do not
+    matter.
+    """
     digest = hashlib.blake2b(f"{SPLIT_SALT}:{_normal(text)}".encode(), digest_size=8).digest()
     bucket = int.from_bytes(digest, "little") % 100
     return "validation" if bucket < 6 else "test" if bucket < 12 else "train"
@@ -141,7 +145,9 @@ def _our_code(code: str, source: str = "") -> str:
 
 
 def corpus_path(name: str) -> Path:
-    """A file of the shipped corpora, in a checkout as in an installed wheel. Raises FileNotFoundError with nearest names."""
+    """A file of the shipped corpora, in a checkout as in an installed wheel. Raises FileNotFoundError with nearest
+    names.
+    """
     folder = shipped.corpora_path()
     if not (folder / name).is_file():
         names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
@@ -159,8 +165,8 @@ def file_hash(path: Path) -> str:
 def read_tsv(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
     """Records of a .tsv, .tsv.gz or .tsv.xz file, one a line, exactly `columns` fields each.
 
-    Lines that are not valid UTF-8 are skipped and counted in a warning. Raises ValueError naming file and line for a record with
-    another number of fields or an empty field, and for a file without any record.
+    Lines that are not valid UTF-8 are skipped and counted in a warning. Raises ValueError naming file and line for a
+    record with another number of fields or an empty field, and for a file without any record.
     """
     records, skipped, number = [], 0, 0
     for number, line in enumerate(_lines(path), start=1):
@@ -185,7 +191,7 @@ def read_tsv(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opener(path, "rb") as file:
             yield from file
@@ -243,11 +249,12 @@ class Layout:
 
 
 class PublishedSource(seqio.DataSource):
-    """A public dataset: from TFDS when it is prepared below $TFDS_DATA_DIR, else from files below $DATA_ROOT in their published layout.
+    """A public dataset: from TFDS when it is prepared below $TFDS_DATA_DIR, else from files below $DATA_ROOT in their
+    published layout.
 
     tfds: dataset name, `name/config:version`; tfds_splits: split -> TFDS split; from_tfds: TFDS record -> our record.
-    counts: split -> size, as published.
-    Nothing is looked for before the data are read. Raises FileNotFoundError naming both places when the data are in neither.
+    counts: split -> size, as published. Nothing is looked for before the data are read. Raises FileNotFoundError naming
+    both places when the data are in neither.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """How much text a mixture has, what a budget makes of it, and what a task's examples look like.
 
-Sizes are counted once and kept in $XDG_CACHE_HOME/mlm/statistics.json, under a hash of the text itself (and of the vocabulary): a
-changed corpus is counted anew, and a damaged file too.
+Sizes are counted once and kept in $XDG_CACHE_HOME/mlm/statistics.json, under a hash of the text itself (and of the
+vocabulary): a changed corpus is counted anew, and a damaged file too.
 """
 
 import functools
@@ -15,22 +15,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import seqio
 
 from mlm.data.batching import Example
 from mlm.data.languages import LANGUAGES
 from mlm.data.plans import PLANS
 from mlm.data.readers import fetch, is_unit_task, make_reader
-from mlm.data.recipes import Denoising, Lengths, with_vocabulary
+from mlm.data.recipes import Denoising, Lengths
 from mlm.data.registration import default_vocabulary, get, mixture_rates, owner
 from mlm.data.sources import Counts, TableSource
+from mlm.data.tensorflow import seqio
 from mlm.data.vocabulary import ByteVocabulary, Vocabulary
+
+LENGTHS = Lengths(512, 114)  # of T5's pretraining
 
 # Sizes.
 
 
 def task_counts(name: str, split: str = "train", vocabulary: Vocabulary | None = None) -> Counts:
-    """Records, characters, bytes and tokens of a task's text, all columns it reads together; a field is 0 where it is not known.
+    """Records, characters, bytes and tokens of a task's text, all columns it reads together; a field is 0 where it is
+    not known.
 
     Tokens without special ones, by `vocabulary`; None: not counted. Published datasets report what their table says.
     """
@@ -40,7 +43,12 @@ def task_counts(name: str, split: str = "train", vocabulary: Vocabulary | None =
     table = task.source.table(split)
     columns = [table[column] for _, column in task.preprocessors[0].columns]
     parts = [_column_counts(column, vocabulary) for column in columns]
-    return Counts(len(columns[0]), *(sum(values) for values in list(zip(*parts, strict=True))[1:]))
+    return Counts(
+        len(columns[0]),
+        sum(part.characters for part in parts),
+        sum(part.bytes for part in parts),
+        sum(part.tokens for part in parts),
+    )
 
 
 def _column_counts(texts: Sequence[bytes], vocabulary: Vocabulary | None) -> Counts:
@@ -54,7 +62,8 @@ def _column_counts(texts: Sequence[bytes], vocabulary: Vocabulary | None) -> Cou
         if key_tokens not in cache.sizes:
             cache.add(key_tokens, [_count_tokens(texts, vocabulary)])
         (tokens,) = cache.sizes[key_tokens]
-    return Counts(*cache.sizes[key], tokens)
+    examples, characters, size = cache.sizes[key]
+    return Counts(examples, characters, size, tokens)
 
 
 def _count_tokens(texts: Sequence[bytes], vocabulary: Vocabulary) -> int:
@@ -133,14 +142,14 @@ def mixture_table(
     name: str,
     budget: float,
     vocabulary: Vocabulary | None = None,
-    lengths: Lengths = Lengths(512, 114),
+    lengths: Lengths = LENGTHS,
     split: str = "train",
     by_task: bool = False,
 ) -> list[MixtureRow]:
     """What `budget` tokens of text make of a mixture, for each language, largest rate first.
 
-    A task's share of the tokens is its rate times the text tokens of its examples: a whole piece for denoising, the mean pair for
-    translation. vocabulary: None counts bytes. by_task: a row for each task instead.
+    A task's share of the tokens is its rate times the text tokens of its examples: a whole piece for denoising, the
+    mean pair for translation. vocabulary: None counts bytes. by_task: a row for each task instead.
     """
     vocabulary = vocabulary or default_vocabulary()
     rates = mixture_rates(name)
@@ -181,7 +190,7 @@ def _tokens_per_example(name: str, counts: Counts, vocabulary: Vocabulary, lengt
     if is_unit_task(task) and isinstance(task.preprocessors[0].recipe.examples, Denoising):
         rule = task.preprocessors[0].recipe.examples
         piece = PLANS[rule.plan](vocabulary, *lengths, **dict(rule.options)).length
-        return min(piece, counts.tokens) if counts.tokens else piece
+        return float(min(piece, counts.tokens) if counts.tokens else piece)
     if counts.examples and counts.tokens:
         return min(counts.tokens / counts.examples, sum(lengths))
     return float(sum(lengths))
@@ -191,7 +200,9 @@ def _tokens_per_example(name: str, counts: Counts, vocabulary: Vocabulary, lengt
 
 
 class TaskView(NamedTuple):
-    """What a task gives. shown: (inputs, targets) as text, special tokens readable. lengths in tokens, end of sequence counted."""
+    """What a task gives. shown: (inputs, targets) as text, special tokens readable. lengths in tokens, end of sequence
+    counted.
+    """
 
     name: str
     examples: list[Example]
@@ -206,7 +217,7 @@ def inspect_task(
     name: str,
     split: str = "train",
     vocabulary: Vocabulary | None = None,
-    lengths: Lengths = Lengths(512, 114),
+    lengths: Lengths = LENGTHS,
     show: int = 5,
     sample: int = 200,
     seed: int = 0,

@@ -11,8 +11,8 @@ import tensorflow as tf
 
 from mlm.data.languages import language_id
 from mlm.data.pipeline import BatchIterator, DataConfig
-from mlm.data.preprocessors import add_ids
 from mlm.data.prefetch import Prefetcher
+from mlm.data.preprocessors import add_ids
 from mlm.data.registration import (
     add_denoising_tasks,
     add_translation_tasks,
@@ -38,7 +38,9 @@ def table(code, count):
 
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory):
-    """Four languages in memory (denoising and translation), one in files, and one SeqIO task with a pipeline of its own."""
+    """Four languages in memory (denoising and translation), one in files, and one SeqIO task with a pipeline of its
+    own.
+    """
     root = tmp_path_factory.mktemp("pipeline")
     (root / "de.txt").write_text("\n".join(records("de", 700)))
     texts = {c: TableSource(table(c, 20 + 30 * i), ("text",)) for i, c in enumerate(LANGUAGES)}
@@ -206,7 +208,7 @@ def test_stages_change_the_rates_at_their_time_also_after_a_restart(registered):
 def test_a_vocabulary_file_takes_the_place_of_the_default(registered, tmp_path):
     from mlm.data.vocabulary import ByteVocabulary
 
-    ByteVocabulary(20, LANGUAGES + ("en", "de")).save(tmp_path / "vocabulary.json")
+    ByteVocabulary(20, (*LANGUAGES, "en", "de")).save(tmp_path / "vocabulary.json")
     batches = BatchIterator(dataclasses.replace(CONFIG, vocabulary=str(tmp_path / "vocabulary.json")))
     assert batches.vocabulary.vocab_size == 384
     assert max(batch["encoder_input_tokens"].max() for batch in take(batches, 5)) < 384
@@ -243,7 +245,7 @@ def test_nonsense_is_refused_when_built(change, message):
 def test_unknown_names_get_the_nearest(registered):
     with pytest.raises(KeyError, match=r"no task or mixture named 'pt.tabels'; did you mean 'pt.tables'"):
         BatchIterator(dataclasses.replace(CONFIG, mixture="pt.tabels"))
-    with pytest.raises(ValueError, match="no task of pt.few has a split 'dev'"):
+    with pytest.raises(ValueError, match=r"no task of pt.few has a split 'dev'"):
         BatchIterator(dataclasses.replace(CONFIG, mixture="pt.few", split="dev"))
     with pytest.raises(
         ValueError, match=r"shards=4 .* do not divide over 3 processes; use a multiple of 3 \(nearest: 3\)"
