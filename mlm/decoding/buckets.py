@@ -41,8 +41,9 @@ def fill(values: Ints, rows: int, default: int) -> np.ndarray:
 
 def shards(rows: NamedSharding | None) -> int:
     """Pieces into which a sharding cuts the first axis of an array; the number of rows must be a multiple of it."""
-    names = rows.spec[0] if rows is not None and rows.spec else None
-    names = names if isinstance(names, tuple) else () if names is None else (names,)
+    if rows is None or not rows.spec or rows.spec[0] is None:
+        return 1
+    names = rows.spec[0] if isinstance(rows.spec[0], tuple) else (rows.spec[0],)
     return math.prod(rows.mesh.shape[name] for name in names)
 
 

@@ -108,12 +108,13 @@ class Generator:
 
     def _shard(self, cache: PyTree) -> PyTree:
         """Fresh cache slots know no mesh yet; without this every device would hold all rows."""
-        if self._rows is None:
+        rows = self._rows
+        if rows is None:
             return cache
         free = PartitionSpec.UNCONSTRAINED
 
         def place(x: Array) -> Array:
-            spec = PartitionSpec(*self._rows.spec[:1], *(free,) * (x.ndim - 1))
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self._rows.mesh, spec))
+            spec = PartitionSpec(*rows.spec[:1], *(free,) * (x.ndim - 1))
+            return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, spec))
 
         return jax.tree.map(place, cache)

@@ -57,7 +57,9 @@ class Decoded(NamedTuple):
 class Selector(Protocol):
     """Chooses the next token of every row from logits. Hashable, so that compiled functions are reused."""
 
-    group: int  # rows per example
+    @property
+    def group(self) -> int:
+        """Decoding rows per example."""
 
     def init(self, ids: Int[Array, "B"], max_length: int) -> tuple[Float[Array, "R"], PyTree]:
         """Log-probability each row starts from, and the selector's own state."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlm.decoding.config import DecodeConfig
+from mlm.decoding.generate import Generator
 from mlm.decoding.state import NEG_INF
 
 EOS = 1
