@@ -211,7 +211,8 @@ class _Blocks:
     def read(self, block: int) -> dict[str, np.ndarray]:
         """The block that was read last, or the one after it."""
         if block == self._next:
-            self._starts[block] = self._save()
+            if block not in self._starts:
+                self._starts[block] = self._save()
             self._next += 1
             try:
                 features = next(self._iterator)
@@ -223,7 +224,9 @@ class _Blocks:
     def start(self, block: int) -> bytes:
         """The iterator's bytes at the start of a block; those of earlier blocks are forgotten."""
         self._starts = {b: saved for b, saved in self._starts.items() if b >= block}
-        return self._starts[block] if block in self._starts else self._save()
+        if block not in self._starts:  # it comes next
+            self._starts[block] = self._save()
+        return self._starts[block]
 
     def restore(self, block: int, start: bytes) -> None:
         saved = tf.io.parse_tensor(start, tf.variant)
