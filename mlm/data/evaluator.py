@@ -82,11 +82,10 @@ def compute_metrics(
             num_examples=num_examples,
             async_compute_metrics=False,
         )
-        openers = set(vocabulary.language_tokens.values())
         kinds = seqio.metrics.ModelOutputType
         future, outputs = evaluator.evaluate(
             compute_metrics=True,
-            predict_fn=lambda dataset: _predict(dataset, predict, openers),
+            predict_fn=lambda dataset: _predict(dataset, predict, vocabulary),
             score_fn=lambda dataset: _score(dataset, score),
         )
         tokens = outputs[registered].get(kinds.PREDICTION, [])
@@ -94,6 +93,19 @@ def compute_metrics(
             {key: _plain(value) for key, value in future.result()[registered].items()},
             [vocabulary.decode(list(map(int, ids))) for ids in tokens],
         )
+
+
+def predicts(name: str) -> bool:
+    """Whether the task has metrics of decoded text."""
+    return bool(get(name).predict_metric_fns)
+
+
+def forced_beginning(targets: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """The language token that a task's targets begin with, if they do: it tells the model which language to write, so
+    the prediction begins with it too. Empty for all other targets.
+    """
+    opens = len(targets) and int(targets[0]) in vocabulary.language_tokens.values()
+    return targets[: 1 if opens else 0]
 
 
 def packed_batches(examples: Iterable[Example], lengths: Lengths, rows: int) -> Iterator[dict[str, np.ndarray]]:
@@ -110,12 +122,10 @@ def packed_batches(examples: Iterable[Example], lengths: Lengths, rows: int) -> 
         yield {name: np.pad(values, ((0, spare), (0, 0))) for name, values in batch.items()}
 
 
-def _predict(dataset: tf.data.Dataset, predict: Predict, openers: set[int]) -> list[tuple[int, np.ndarray]]:
-    """A task that begins its targets with a language token tells the model which language to write: so the prediction
-    begins with it too, and the token is left out of what is compared with the target's text.
-    """
+def _predict(dataset: tf.data.Dataset, predict: Predict, vocabulary: Vocabulary) -> list[tuple[int, np.ndarray]]:
+    """Predictions without their forced beginnings, which the target's text does not have either."""
     indices, sources, targets = _read(dataset)
-    prompts = [target[:1] if len(target) and int(target[0]) in openers else target[:0] for target in targets]
+    prompts = [forced_beginning(target, vocabulary) for target in targets]
     tokens = predict(sources, prompts)
     skip = [len(prompt) for prompt in prompts]
     rows = [np.pad(row[n:], (0, n)) for row, n in zip(tokens, skip, strict=True)]

@@ -1,43 +1,27 @@
-"""A trained model in a notebook: `mlm.load(run_dir)`, then `.generate(texts)`, `.score(pairs)`, `.evaluate(task)`.
+"""A model with its parameters and vocabulary, asked in texts."""
 
-    run = mlm.load("runs/quickstart")
-    run.generate(["Where is the station?"], to="fr")
-    run.score([("Good morning", "Bonjour")], to="fr")          # log P(target | source), nats
-    run.evaluate("tatoeba.translate.en.fr", num_examples=100)  # metrics, loss and bits per byte by language
-
-A run directory holds all that is needed: the model's shape, its vocabulary, the lengths and tasks it was trained with.
-"""
-
-import dataclasses
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from mlm.checkpoints import CheckpointConfig, Checkpointer, CheckpointError, CorruptCheckpoint
 from mlm.checkpoints.run_directory import RunDirectory
-from mlm.decoding.buckets import shards
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.decoding.scoring import Scorer
 from mlm.evaluation.language_loss import LanguageLosses, Spelling, TokenLosses, language_losses
-from mlm.evaluation.results import combine, language_table, totals
-from mlm.models.config import ModelConfig, from_json
+from mlm.evaluation.results import combine, totals
+from mlm.models.config import ModelConfig
 from mlm.models.transformer import Transformer
-from mlm.parallel import MeshConfig, batch_sharding, constrain, make_mesh, shardings
 from mlm.registry import nearest
 from mlm.trees import count
 from mlm.types import EOS_ID, Params
 
-PARAMETERS = ("auto", "params", "ema")
 PLACES = ("source", "target")
-LOSS_ROWS = 16  # rows of a batch when losses are measured
-SAMPLES = 5  # examples of a task that a result shows
 
 
 @dataclass(frozen=True)
@@ -55,65 +39,6 @@ class Source:
 
     tokens: list[int]
     trimmed: bool
-
-
-def load(
-    run_dir: str | os.PathLike,
-    step: int | str | None = None,
-    *,
-    parameters: str = "auto",
-    mesh: MeshConfig | None = None,
-    devices: Sequence[jax.Device] | None = None,
-    batch_size: int = 32,
-    best_metric: str | None = None,
-    best_mode: str = "min",
-) -> "Session":
-    """The model of a run directory.
-
-    step: a checkpoint's number, "latest" (as None), or "best" by `best_metric` (default: the held-out loss).
-    parameters: "ema", the running mean, "params", or "auto": the mean where the run kept one. mesh: how to split over
-    the devices (default: rows over all); devices: some of them only. batch_size: examples per device call.
-    Raises CheckpointError for a directory without a run or checkpoint, ValueError naming both hashes when the
-    vocabulary is not the one that the model was trained with.
-    """
-    from mlm.data.vocabulary import check_same_vocabulary, load_vocabulary
-
-    if parameters not in PARAMETERS:
-        raise ValueError(f"parameters={parameters!r} is not one of {PARAMETERS}; {nearest(parameters, PARAMETERS)}")
-    run = RunDirectory(run_dir)
-    config, data = from_json(run.read_json("model.json")), run.read_json("data.json")
-    vocabulary = load_vocabulary(run / data["vocabulary"])
-    check_same_vocabulary(data["vocabulary_digest"], vocabulary, f"{run / 'data.json'}, written by the training", "now")
-    if vocabulary.vocab_size > config.vocab_size:
-        raise ValueError(f"{vocabulary} has more ids than the model's table of {config.vocab_size} rows")
-
-    grid = make_mesh(mesh or MeshConfig(), devices)
-    model = Transformer(config, constrain(grid))
-    shapes = model.shapes()
-    wanted = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings(shapes, model.axes(), grid),
-    )
-    metric = best_metric or f"{data.get('evaluation_split', 'validation')}/loss"
-    retention = CheckpointConfig(best_metric=metric, best_mode=best_mode)
-    checkpoints = Checkpointer(str(run.checkpoints), retention, read_only=True)
-    number = _step(checkpoints, step, metric)
-    subtree = _subtree(checkpoints, number, parameters)
-    restored = checkpoints.restore_params(number, wanted, subtree)
-    return Session(
-        run=run,
-        step=restored.step,
-        parameters=subtree,
-        config=config,
-        data=data,
-        extra=restored.extra,
-        vocabulary=vocabulary,
-        model=model,
-        params=restored.state,
-        rows=batch_sharding(grid),
-        batch_size=batch_size,
-    )
 
 
 class Session:
@@ -142,7 +67,7 @@ class Session:
         self.run, self.step, self.parameters, self.config = run, step, parameters, config
         self.data, self.extra, self.vocabulary = data, extra, vocabulary
         self.model, self.params = model, params
-        self._rows, self._batch_size = rows, batch_size
+        self.rows, self._batch_size = rows, batch_size
         self._generators: dict[DecodeConfig, Generator] = {}
         self._scorer = Scorer(model, rows=rows, batch_size=batch_size)
         self._token_losses = TokenLosses(model, rows=rows)
@@ -202,7 +127,7 @@ class Session:
         if to is not None and language_token == "target":
             prompts = [[self.vocabulary.language_token(to)]] * len(sources)
         skip = 0 if prompts is None else 1
-        decoded = self._generator(method, options)(self.params, sources, prompts=prompts, ids=ids)
+        decoded = self.generator(method, options)(self.params, sources, prompts=prompts, ids=ids)
         return [
             [
                 Hypothesis(self._text(tokens[skip:length]), float(score), tokens[:length].tolist())
@@ -223,10 +148,14 @@ class Session:
         sources = [s.tokens for s in self.encode([source for source, _ in pairs], to, language_token=language_token)]
         targets = [[*self._tokens(i, "target", target, to), EOS_ID] for i, (_, target) in enumerate(pairs)]
         if to is None or language_token == "source":
-            return self._scorer(self.params, sources, targets).totals
+            return self.score_tokens(sources, targets)
         token = self.vocabulary.language_token(to)  # given, so its own probability does not count
         found = self._scorer(self.params, sources, [[token, *target] for target in targets])
         return found.totals - found.tokens[:, 0]
+
+    def score_tokens(self, sources: Sequence, targets: Sequence) -> np.ndarray:
+        """log P(target | source) of token lists as they stand, in nats; float32 [pairs]."""
+        return self._scorer(self.params, sources, targets).totals
 
     def evaluate(
         self,
@@ -247,7 +176,7 @@ class Session:
         if list(results) == [name]:
             return results[name]
         table = combine(result["languages"] for result in results.values())
-        return {**self._about(name, split), **totals(table), "languages": table, "tasks": results}
+        return {**self.about(name, split), **totals(table), "languages": table, "tasks": results}
 
     def evaluate_each(
         self,
@@ -257,33 +186,11 @@ class Session:
         method: str = "greedy",
         **options: Any,
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(task, what `evaluate` says of it) one by one: first the losses of all of them, then the metrics of each."""
-        from mlm.data.evaluator import compute_metrics
-        from mlm.data.languages import LANGUAGES
+        """(task, what `evaluate` says of it), one by one; of tasks, not mixtures."""
+        from mlm.session.evaluating import evaluate_each
 
         self._load_tasks()
-        generator = self._generator(method, options)
-        read = self._read(tasks, split, num_examples)
-        for name in tasks:
-            outcome = compute_metrics(
-                name,
-                self.vocabulary,
-                self._lengths(),
-                predict=lambda sources, prompts: generator(self.params, sources, prompts=prompts).tokens[:, 0],
-                score=lambda sources, targets: self._scorer(self.params, sources, targets).totals,
-                split=split,
-                num_examples=num_examples,
-            )
-            table = language_table(read[name].losses, [language.code for language in LANGUAGES])
-            result = {**self._about(name, split), "examples": read[name].count, **totals(table)}
-            result["metrics"] = outcome.metrics
-            if outcome.predictions:
-                result["decode"] = dataclasses.asdict(generator.config)
-                result["samples"] = [
-                    {"inputs": self._text(e.inputs), "targets": self._text(e.targets), "prediction": prediction}
-                    for e, prediction in zip(read[name].samples, outcome.predictions, strict=False)
-                ]
-            yield name, {**result, "languages": table}
+        return evaluate_each(self, tasks, split, num_examples, self.generator(method, options))
 
     def tasks(self, name: str | None = None, split: str = "validation") -> list[str]:
         """The tasks of a mixture (default: the run's) that have the split."""
@@ -293,14 +200,21 @@ class Session:
         return task_names(name or self.data["mixture"], split)
 
     def language_losses(
-        self, batches: Iterable[Mapping[str, np.ndarray]], params: Params | None = None
+        self,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        params: Params | None = None,
+        languages: int | None = None,
     ) -> LanguageLosses:
-        """Sums by language id over rows (`mlm.types.ROW_FEATURES`). params: others than its own, e.g. `untrained()`."""
+        """Sums by language id over rows (`mlm.types.ROW_FEATURES`).
+
+        params: others than its own, e.g. `untrained()`. languages: number of ids, if not that of the language table.
+        """
         from mlm.data.languages import LANGUAGES
 
         nll = partial(self._token_losses, self.params if params is None else params)
-        return language_losses(nll, batches, self.spelling(), languages=len(LANGUAGES))
+        return language_losses(nll, batches, self.spelling, languages=languages or len(LANGUAGES))
 
+    @cached_property
     def spelling(self) -> Spelling:
         """What each id writes, over all rows of the model's table."""
         from mlm.data.spelling import spelled_bytes
@@ -346,7 +260,7 @@ class Session:
     def _text(self, tokens: np.ndarray) -> str:
         return self.vocabulary.decode([int(token) for token in tokens])
 
-    def _generator(self, method: str, options: Mapping[str, Any]) -> Generator:
+    def generator(self, method: str, options: Mapping[str, Any]) -> Generator:
         try:
             config = DecodeConfig(**{"method": method, "max_length": self.data["targets_length"], **options})
         except TypeError:
@@ -354,7 +268,7 @@ class Session:
             wrong = next(name for name in options if name not in known)
             raise ValueError(f"no decoding option {wrong!r}; {nearest(wrong, known)}") from None
         if config not in self._generators:
-            self._generators[config] = Generator(self.model, config, rows=self._rows, batch_size=self._batch_size)
+            self._generators[config] = Generator(self.model, config, rows=self.rows, batch_size=self._batch_size)
         return self._generators[config]
 
     def _load_tasks(self) -> None:
@@ -362,7 +276,8 @@ class Session:
 
         load_tasks(*self.data.get("task_modules", ()))
 
-    def _about(self, name: str, split: str) -> dict[str, Any]:
+    def about(self, name: str, split: str) -> dict[str, Any]:
+        """What a result must say of where it comes from."""
         return {
             "task": name,
             "split": split,
@@ -371,72 +286,3 @@ class Session:
             "parameters": self.parameters,
             "vocabulary": self.vocabulary.digest,
         }
-
-    def _lengths(self) -> Any:
-        from mlm.data.recipes import Lengths
-
-        return Lengths(self.data["inputs_length"], self.data["targets_length"])
-
-    def _read(self, tasks: Sequence[str], split: str, num_examples: int | None) -> dict[str, "_Read"]:
-        """One pass over all tasks, their examples packed together, the sums kept apart by task and language."""
-        from mlm.data.evaluator import packed_batches, read_examples
-        from mlm.data.languages import LANGUAGES
-
-        read: dict[str, _Read] = {}
-
-        def examples() -> Iterator[Any]:
-            found = read_examples(tasks, self.vocabulary, self._lengths(), split, num_examples)
-            for name, of_task in found:
-                read[name] = _Read(len(of_task), of_task[:SAMPLES])
-                yield from of_task
-
-        def batches() -> Iterator[dict[str, np.ndarray]]:
-            rows = -(-LOSS_ROWS // shards(self._rows)) * shards(self._rows)
-            for batch in packed_batches(examples(), self._lengths(), rows):
-                both = batch["decoder_task_ids"] * len(LANGUAGES) + batch["decoder_language_ids"]
-                yield {**batch, "decoder_language_ids": both}
-
-        nll = partial(self._token_losses, self.params)
-        groups = (len(tasks) + 1) * len(LANGUAGES)  # tasks count from 1
-        sums = language_losses(nll, batches(), self.spelling(), languages=groups)
-        for number, name in enumerate(tasks, start=1):
-            own = slice(number * len(LANGUAGES), (number + 1) * len(LANGUAGES))
-            read[name].losses = LanguageLosses(*(getattr(sums, f.name)[own] for f in dataclasses.fields(sums)))
-        return read
-
-
-@dataclass
-class _Read:
-    """What one pass over a task's examples leaves."""
-
-    count: int
-    samples: list[Any]
-    losses: LanguageLosses | None = None
-
-
-def _step(checkpoints: Checkpointer, step: int | str | None, metric: str) -> int | None:
-    if step is None or step == "latest":
-        return None
-    if step == "best":
-        best = checkpoints.best()
-        if best is None:
-            stored = sorted({name for s in checkpoints.steps() for name in checkpoints.record(s)["metrics"]})
-            raise CheckpointError(
-                f"no checkpoint in {checkpoints.directory} has the metric {metric!r}; {nearest(metric, stored)}"
-            )
-        return best
-    if isinstance(step, bool) or not str(step).isdigit():
-        raise ValueError(f"step={step!r} must be a checkpoint's number, 'latest' or 'best'")
-    return int(step)
-
-
-def _subtree(checkpoints: Checkpointer, step: int | None, parameters: str) -> str:
-    if parameters != "auto":
-        return parameters
-    for candidate in reversed(checkpoints.steps()) if step is None else [step]:
-        try:
-            leaves = checkpoints.record(candidate)["leaves"]
-        except CorruptCheckpoint:  # restoring falls back to an older one, and says so
-            continue
-        return "ema" if any(name.startswith("ema/") for name in leaves) else "params"
-    return "params"

@@ -1,0 +1,14 @@
+"""A trained model in a notebook: `mlm.load(run_dir)`, then `.generate(texts)`, `.score(pairs)`, `.evaluate(task)`.
+
+    run = mlm.load("runs/quickstart")
+    run.generate(["Where is the station?"], to="fr")
+    run.score([("Good morning", "Bonjour")], to="fr")          # log P(target | source), nats
+    run.evaluate("tatoeba.translate.en.fr", num_examples=100)  # metrics, loss and bits per byte by language
+
+A run directory holds all that is needed: the model's shape, its vocabulary, the lengths and tasks it was trained with.
+"""
+
+from mlm.session.loading import load
+from mlm.session.session import Hypothesis, Session, Source
+
+__all__ = ["Hypothesis", "Session", "Source", "load"]

@@ -1,0 +1,127 @@
+"""Tasks on a session's model, some hundred examples at a time: losses in packed rows, predictions in full batches."""
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlm.data.batching import Example
+from mlm.data.evaluator import compute_metrics, forced_beginning, packed_batches, predicts, read_examples
+from mlm.data.languages import LANGUAGES
+from mlm.data.recipes import Lengths
+from mlm.decoding.buckets import shards
+from mlm.decoding.generate import Generator
+from mlm.evaluation.language_loss import LanguageLosses
+from mlm.evaluation.results import LanguageTable, language_table, totals
+from mlm.session.session import Session
+from mlm.types import Params
+
+GROUP = 1024  # examples; their tasks are evaluated together, and their results known
+LOSS_ROWS = 16  # rows of a batch when losses are measured
+SAMPLES = 5  # examples of a task that a result shows
+
+Tokens = Sequence[np.ndarray]
+Group = dict[str, list[Example]]
+
+
+def evaluate_each(
+    session: Session, tasks: Sequence[str], split: str, num_examples: int | None, generator: Generator
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(task, result) in order: metrics, loss and bits per byte by language, how it was decoded, a few samples."""
+    lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
+    for group in _groups(read_examples(tasks, session.vocabulary, lengths, split, num_examples)):
+        tables = _tables(session, group, lengths)
+        predictions = Predictions(generator, session.params)
+        asked = [example for name, examples in group.items() if predicts(name) for example in examples]
+        predictions.learn([e.inputs for e in asked], [forced_beginning(e.targets, session.vocabulary) for e in asked])
+        for name, examples in group.items():
+            outcome = compute_metrics(
+                name,
+                session.vocabulary,
+                lengths,
+                predict=predictions,
+                score=session.score_tokens,
+                split=split,
+                num_examples=num_examples,
+            )
+            result = {**session.about(name, split), "examples": len(examples), **totals(tables[name])}
+            result["metrics"] = outcome.metrics
+            if outcome.predictions:
+                result["decode"] = dataclasses.asdict(generator.config)
+                result["samples"] = _samples(session, examples, outcome.predictions)
+            yield name, {**result, "languages": tables[name]}
+
+
+class Predictions:
+    """(sources, forced beginnings) -> tokens. Remembers what it has decoded, so that the examples of many tasks can be
+    decoded together before SeqIO asks for them one task at a time.
+    """
+
+    def __init__(self, generator: Generator, params: Params):
+        self._generator, self._params = generator, params
+        self._known: dict[tuple[bytes, bytes], np.ndarray] = {}
+
+    def learn(self, sources: Tokens, prompts: Tokens) -> None:
+        """Decodes what is not known yet. Randomness comes from the example itself, not from who stands beside it."""
+        new = {_key(s, p): (s, p) for s, p in zip(sources, prompts, strict=True) if _key(s, p) not in self._known}
+        if not new:
+            return
+        found = self._generator(
+            self._params,
+            [source for source, _ in new.values()],
+            prompts=[prompt for _, prompt in new.values()],
+            ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for key in new],
+        )
+        self._known.update(zip(new, found.tokens[:, 0], strict=True))
+
+    def __call__(self, sources: Tokens, prompts: Tokens) -> np.ndarray:
+        """int32 [examples, length]: the best result of each, beginning and end of sequence included."""
+        self.learn(sources, prompts)
+        return np.stack([self._known[_key(s, p)] for s, p in zip(sources, prompts, strict=True)])
+
+
+def _key(source: np.ndarray, prompt: np.ndarray) -> tuple[bytes, bytes]:
+    return np.asarray(source, np.int32).tobytes(), np.asarray(prompt, np.int32).tobytes()
+
+
+def _groups(tasks: Iterator[tuple[str, list[Example]]]) -> Iterator[Group]:
+    group: Group = {}
+    for name, examples in tasks:
+        group[name] = examples
+        if sum(map(len, group.values())) >= GROUP:
+            yield group
+            group = {}
+    if group:
+        yield group
+
+
+def _tables(session: Session, group: Group, lengths: Lengths) -> dict[str, LanguageTable]:
+    """One pass over all tasks, packed together; the sums are kept apart by task and language."""
+    names = list(group)
+    numbered = [e._replace(task=number) for number, name in enumerate(names) for e in group[name]]
+    pieces = shards(session.rows)
+    rows = -(-LOSS_ROWS // pieces) * pieces
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for batch in packed_batches(numbered, lengths, rows):
+            both = batch["decoder_task_ids"] * len(LANGUAGES) + batch["decoder_language_ids"]
+            yield {**batch, "decoder_language_ids": both}
+
+    sums = session.language_losses(batches(), languages=len(names) * len(LANGUAGES))
+    codes = [language.code for language in LANGUAGES]
+    tables = {}
+    for number, name in enumerate(names):
+        own = slice(number * len(LANGUAGES), (number + 1) * len(LANGUAGES))
+        of_task = LanguageLosses(*(getattr(sums, field.name)[own] for field in dataclasses.fields(sums)))
+        tables[name] = language_table(of_task, codes)
+    return tables
+
+
+def _samples(session: Session, examples: list[Example], predictions: list[str]) -> list[dict[str, str]]:
+    decode = session.vocabulary.decode
+    return [
+        {"inputs": decode(e.inputs.tolist()), "targets": decode(e.targets.tolist()), "prediction": prediction}
+        for e, prediction in list(zip(examples, predictions, strict=True))[:SAMPLES]
+    ]

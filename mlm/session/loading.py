@@ -1,0 +1,103 @@
+"""From a run directory to a `Session`: model, vocabulary and parameters, checked against each other."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+
+from mlm.checkpoints import CheckpointConfig, Checkpointer, CheckpointError, CorruptCheckpoint
+from mlm.checkpoints.run_directory import RunDirectory
+from mlm.models.config import from_json
+from mlm.models.transformer import Transformer
+from mlm.parallel import MeshConfig, batch_sharding, constrain, make_mesh, shardings
+from mlm.registry import nearest
+from mlm.session.session import Session
+
+PARAMETERS = ("auto", "params", "ema")
+
+
+def load(
+    run_dir: str | os.PathLike,
+    step: int | str | None = None,
+    *,
+    parameters: str = "auto",
+    mesh: MeshConfig | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    batch_size: int = 32,
+    best_metric: str | None = None,
+    best_mode: str = "min",
+) -> "Session":
+    """The model of a run directory.
+
+    step: a checkpoint's number, "latest" (as None), or "best" by `best_metric` (default: the held-out loss).
+    parameters: "ema", the running mean, "params", or "auto": the mean where the run kept one. mesh: how to split over
+    the devices (default: rows over all); devices: some of them only. batch_size: examples per device call.
+    Raises CheckpointError for a directory without a run or checkpoint, ValueError naming both hashes when the
+    vocabulary is not the one that the model was trained with.
+    """
+    if parameters not in PARAMETERS:
+        raise ValueError(f"parameters={parameters!r} is not one of {PARAMETERS}; {nearest(parameters, PARAMETERS)}")
+    run = RunDirectory(run_dir)
+    config, data = from_json(run.read_json("model.json")), run.read_json("data.json")
+    from mlm.data.vocabulary import check_same_vocabulary, load_vocabulary  # seconds, so not before the above is there
+
+    vocabulary = load_vocabulary(run / data["vocabulary"])
+    check_same_vocabulary(data["vocabulary_digest"], vocabulary, f"{run / 'data.json'}, written by the training", "now")
+    if vocabulary.vocab_size > config.vocab_size:
+        raise ValueError(f"{vocabulary} has more ids than the model's table of {config.vocab_size} rows")
+
+    grid = make_mesh(mesh or MeshConfig(), devices)
+    model = Transformer(config, constrain(grid))
+    shapes = model.shapes()
+    wanted = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, model.axes(), grid),
+    )
+    metric = best_metric or f"{data.get('evaluation_split', 'validation')}/loss"
+    retention = CheckpointConfig(best_metric=metric, best_mode=best_mode)
+    checkpoints = Checkpointer(str(run.checkpoints), retention, read_only=True)
+    number = _step(checkpoints, step, metric)
+    subtree = _subtree(checkpoints, number, parameters)
+    restored = checkpoints.restore_params(number, wanted, subtree)
+    return Session(
+        run=run,
+        step=restored.step,
+        parameters=subtree,
+        config=config,
+        data=data,
+        extra=restored.extra,
+        vocabulary=vocabulary,
+        model=model,
+        params=restored.state,
+        rows=batch_sharding(grid),
+        batch_size=batch_size,
+    )
+
+
+def _step(checkpoints: Checkpointer, step: int | str | None, metric: str) -> int | None:
+    if step is None or step == "latest":
+        return None
+    if step == "best":
+        best = checkpoints.best()
+        if best is None:
+            stored = sorted({name for s in checkpoints.steps() for name in checkpoints.record(s)["metrics"]})
+            raise CheckpointError(
+                f"no checkpoint in {checkpoints.directory} has the metric {metric!r}; {nearest(metric, stored)}"
+            )
+        return best
+    if isinstance(step, bool) or not str(step).isdigit():
+        raise ValueError(f"step={step!r} must be a checkpoint's number, 'latest' or 'best'")
+    return int(step)
+
+
+def _subtree(checkpoints: Checkpointer, step: int | None, parameters: str) -> str:
+    if parameters != "auto":
+        return parameters
+    for candidate in reversed(checkpoints.steps()) if step is None else [step]:
+        try:
+            leaves = checkpoints.record(candidate)["leaves"]
+        except CorruptCheckpoint:  # restoring falls back to an older one, and says so
+            continue
+        return "ema" if any(name.startswith("ema/") for name in leaves) else "params"
+    return "params"
