@@ -1,8 +1,8 @@
 """gin files to Python values: one file that binds names, three flat layers (model, mixture, run).
 
-    include 'gin/models/tiny.gin'      # found beside the file, in the working directory, or shipped with mlm
-    data.batch_size = 64               # NAME.parameter = value
-    MIXTURE = 'quickstart'             # a macro, used as %MIXTURE
+include 'gin/models/tiny.gin'      # found beside the file, in the working directory, or shipped with mlm
+data.batch_size = 64               # NAME.parameter = value
+MIXTURE = 'quickstart'             # a macro, used as %MIXTURE
 """
 
 import inspect

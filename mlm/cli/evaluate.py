@@ -34,22 +34,25 @@ def run(arguments: list[str]) -> int:
 
 
 def show(step: int, split: str, results: dict[str, dict[str, Any]], languages: dict[str, Any]) -> None:
-    """Two tables: the tasks, and the languages over all tasks."""
-    scored = list(dict.fromkeys(name for result in results.values() for name in numbers(result["metrics"])))
-    screen.table(
-        f"step {step}, {split}: tasks",
-        ["task", ">examples", ">loss", ">bits/byte", *(f">{name}" for name in scored)],
-        [
+    """The tasks, a table for those with the same metrics, and the languages over all tasks."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for task, result in results.items():
+        kinds.setdefault(tuple(numbers(result["metrics"])), []).append(task)
+    for metrics, tasks in kinds.items():
+        screen.table(
+            f"step {step}, {split}: tasks",
+            ["task", ">examples", ">loss", ">bits/byte", *(f">{name}" for name in metrics)],
             [
-                task,
-                result["examples"],
-                _number(result["loss"]),
-                _number(result["bits_per_byte"]),
-                *(_number(numbers(result["metrics"]).get(name), 2) for name in scored),
-            ]
-            for task, result in results.items()
-        ],
-    )
+                [
+                    task,
+                    results[task]["examples"],
+                    _number(results[task]["loss"]),
+                    _number(results[task]["bits_per_byte"]),
+                    *(_number(results[task]["metrics"][name], 2) for name in metrics),
+                ]
+                for task in tasks
+            ],
+        )
     rows = [*languages.items()] + ([("all", totals(languages))] if len(languages) > 1 else [])
     screen.table(
         "languages (loss: nats per target token; bits per byte: of the text, without special tokens)",

@@ -36,7 +36,9 @@ def run(arguments: list[str]) -> None:
     for side in ("encoder", "decoder"):
         stack = record["plan"][side]
         layer = " → ".join(
-            f"{s['source']}-attention {s['heads']}×{s['head_dim']}" if "source" in s else f"{s['activation']} {s['d_ff']}"
+            f"{s['source']}-attention {s['heads']}×{s['head_dim']}"
+            if "source" in s
+            else f"{s['activation']} {s['d_ff']}"
             for spec in stack["group"]
             for s in spec["sublayers"]
         )

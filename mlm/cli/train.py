@@ -38,11 +38,18 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description="Train a model from gin files. Run it again to resume; a complete run says so.",
         epilog="example: mlm train --gin_file=gin/runs/quickstart.gin --set data.batch_size=32 --run_dir=runs/mine",
     )
-    parser.add_argument("--gin_file", action="append", required=True, metavar="FILE", help="may be repeated; later wins")
+    parser.add_argument(
+        "--gin_file", action="append", required=True, metavar="FILE", help="may be repeated; later wins"
+    )
     parser.add_argument("--run_dir", metavar="DIR", help="where the run lives (default: what the gin file says)")
     parser.add_argument("--steps", type=int, metavar="N", help="same as --set train.steps=N")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME.PARAM=VALUE", dest="overrides", help="override one gin value"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME.PARAM=VALUE",
+        dest="overrides",
+        help="override one gin value",
     )
     parser.add_argument(
         "--gin_bindings", action="append", default=[], metavar="BINDING", help="the same, in gin's own spelling"
@@ -187,9 +194,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
                     schedule=plan.schedule,
                     evaluations={plan.evaluation_split: lambda: _held_out(plan, data, layout)},
                     language_info=_language_info(rows),
-                    flops_per_step=training_flops(
-                        plan.model, data.batch_size, data.inputs_length, data.targets_length
-                    ),
+                    flops_per_step=training_flops(plan.model, data.batch_size, data.inputs_length, data.targets_length),
                     peak_flops=peak_flops(),
                 )
         checkpointer.close()
@@ -221,7 +226,9 @@ def _vocabulary_of_the_run(data: Any, directory: Any) -> Any:
     configured = data.load_vocabulary()
     own = next((p for p in (directory / "vocabulary.model", directory / "vocabulary.json") if p.exists()), None)
     if own is not None:
-        check_same_vocabulary(configured, load_vocabulary(str(own)), "the configuration", f"the run at {directory.path}")
+        check_same_vocabulary(
+            configured, load_vocabulary(str(own)), "the configuration", f"the run at {directory.path}"
+        )
         return dataclasses.replace(data, vocabulary=str(own))
     return data
 
@@ -281,7 +288,11 @@ def _describe_run(plan: Plan, directory: Any, trainer: Any, rows: Any, config_te
     directory.write_json("mesh.json", describe(trainer.mesh))
     axes, placed = trainer.model.axes(), trainer.shardings.params
     directory.write("parameters.txt", "\n".join(parameter_table(trainer.model.shapes(), axes, placed)) + "\n")
-    name = "vocabulary.json" if rows.vocabulary.where == "bytes" or rows.vocabulary.where.endswith(".json") else "vocabulary.model"
+    name = (
+        "vocabulary.json"
+        if rows.vocabulary.where == "bytes" or rows.vocabulary.where.endswith(".json")
+        else "vocabulary.model"
+    )
     if not (directory / name).exists():
         temporary = Path(f"{directory / name}.tmp")
         rows.vocabulary.save(temporary)

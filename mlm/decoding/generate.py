@@ -91,7 +91,7 @@ class Generator:
 
     def _decode(self, params: Params, inputs: dict[str, Array]) -> Decoded:
         self.compilations += 1  # runs while tracing only
-        sources = inputs["sources"]
+        params, sources = self.model.unrolled(params), inputs["sources"]
         real = jnp.arange(sources.shape[1])[None] < inputs["source_lengths"][:, None]
         encoded = self.model.encode(params, sources, real.astype(jnp.int32))
         rows = sources.shape[0] * self.config.selector().group

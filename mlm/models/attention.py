@@ -15,8 +15,8 @@ MASKED = -1e10
 
 def attend(
     query: Float[Array, "B T H K"],
-    key: Float[Array, "B S H K"],
-    value: Float[Array, "B S H K"],
+    key: Float[Array, "B H S K"],
+    value: Float[Array, "B H S K"],
     mask: Bool[Array, "#B #H #T S"],
     bias: Float[Array, "#B H T S"] | None = None,
     rate: float = 0.0,
@@ -26,12 +26,12 @@ def attend(
 
     No 1/sqrt(K): T5 folds it into the initial query weights.
     """
-    logits = jnp.einsum("BTHK,BSHK->BHTS", query, key, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BTHK,BHSK->BHTS", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias
     probs = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
     probs = dropout(probs, rate, dropout_key, broadcast=(2,)).astype(value.dtype)
-    return jnp.einsum("BHTS,BSHK->BTHK", probs, value)
+    return jnp.einsum("BHTS,BHSK->BTHK", probs, value)
 
 
 def segment_mask(
@@ -57,17 +57,20 @@ class Attention(nnx.Module):
         self.key = parameter(rngs, shape, d_model**-0.5, axes)
         self.value = parameter(rngs, shape, d_model**-0.5, axes)
         self.out = parameter(
-            rngs, (spec.heads, spec.head_dim, d_model), (spec.heads * spec.head_dim) ** -0.5, ("heads", "head_dim", "embed")
+            rngs,
+            (spec.heads, spec.head_dim, d_model),
+            (spec.heads * spec.head_dim) ** -0.5,
+            ("heads", "head_dim", "embed"),
         )
         self.source = spec.source
 
     def queries(self, x: Hidden) -> Float[Array, "B T H K"]:
         return jnp.einsum("BTD,DHK->BTHK", x, self.query[...].astype(x.dtype))
 
-    def keys_values(self, states: SourceHidden) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
-        """Keys and values of the states that will be looked at."""
-        key = jnp.einsum("BSD,DHK->BSHK", states, self.key[...].astype(states.dtype))
-        value = jnp.einsum("BSD,DHK->BSHK", states, self.value[...].astype(states.dtype))
+    def keys_values(self, states: SourceHidden) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S K"]]:
+        """Keys and values of the states that will be looked at, heads first: the order that a matrix product per head reads."""
+        key = jnp.einsum("BSD,DHK->BHSK", states, self.key[...].astype(states.dtype))
+        value = jnp.einsum("BSD,DHK->BHSK", states, self.value[...].astype(states.dtype))
         return key, value
 
     def output(self, attended: Float[Array, "B T H K"]) -> Hidden:

@@ -19,8 +19,10 @@ def _stack(stack: StackConfig, d_model: int, length: int, memory: int) -> float:
     total = 0.0
     for layer in stack.group:
         for spec in layer.sublayers:
-            total += _ffn(spec, d_model, length) if isinstance(spec, FFNSpec) else _attention(
-                spec, d_model, length, memory, stack.causal
+            total += (
+                _ffn(spec, d_model, length)
+                if isinstance(spec, FFNSpec)
+                else _attention(spec, d_model, length, memory, stack.causal)
             )
     return total * stack.repeats
 

@@ -32,7 +32,12 @@ def relative_bucket(
 
 
 def relative_bias(
-    table: Float[Array, "H buckets"], queries: Int[Array, "*R T"], keys: Int[Array, "S"], *, causal: bool, spec: PositionSpec
+    table: Float[Array, "H buckets"],
+    queries: Int[Array, "*R T"],
+    keys: Int[Array, "S"],
+    *,
+    causal: bool,
+    spec: PositionSpec,
 ) -> Float[Array, "*R H T S"]:
     """Bias of every query position to every key position, in nats. Positions in tokens.
 
@@ -40,7 +45,5 @@ def relative_bias(
     and pairs of different examples are masked.
     """
     relative = keys - queries[..., None]
-    bucket = relative_bucket(
-        relative, bidirectional=not causal, buckets=spec.buckets, max_distance=spec.max_distance
-    )
+    bucket = relative_bucket(relative, bidirectional=not causal, buckets=spec.buckets, max_distance=spec.max_distance)
     return jnp.moveaxis(table[:, bucket], 0, -3)

@@ -42,9 +42,7 @@ def t5_style(
 
 def _t5_row(size: tuple, vocab_size: int) -> ModelConfig:
     d_model, d_ff, heads, head_dim, layers = size
-    return t5_style(
-        vocab_size=vocab_size, d_model=d_model, d_ff=d_ff, heads=heads, head_dim=head_dim, layers=layers
-    )
+    return t5_style(vocab_size=vocab_size, d_model=d_model, d_ff=d_ff, heads=heads, head_dim=head_dim, layers=layers)
 
 
 PRESETS: Registry[Callable[[], ModelConfig]] = Registry("model preset")

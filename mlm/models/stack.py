@@ -97,9 +97,9 @@ class StepView:
     memory_mask: Bool[Array, "B 1 1 S"]
 
 
-def _write(slots: Float[Array, "R M H K"], block: Float[Array, "R Q H K"], start: Int[Array, "R"]) -> Array:
+def _write(slots: Float[Array, "R H M K"], block: Float[Array, "R H Q K"], start: Int[Array, "R"]) -> Array:
     """Rows of `block` stored at slots start[r], start[r] + 1, …"""
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0, 0)))(slots, block, start)
+    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))(slots, block, start)
 
 
 class Group(nnx.Module):
@@ -181,8 +181,14 @@ class Stack:
 
     def layer_list(self, params: Params) -> list[Layer]:
         """Every layer with its own parameters, first to last."""
-        groups = (jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(self.config.repeats))
-        return [layer for group in groups for layer in self._group.bind(group).layers()]
+        return [layer for group in self.unrolled(params)["layers"] for layer in self._group.bind(group).layers()]
+
+    def unrolled(self, params: Params) -> Params:
+        """The parameters with a tuple of groups in place of the stacked ones. Does nothing to such parameters."""
+        groups = params["layers"]
+        if not isinstance(groups, tuple):
+            groups = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], groups) for i in range(self.config.repeats))
+        return {**params, "layers": groups}
 
     def init_cache(self, params: Params, memory: SourceHidden, rows: int, length: int) -> tuple[PyTree, tuple]:
         """(cross keys and values per layer, empty self slots per layer): see `Transformer.init_cache`."""
@@ -198,8 +204,9 @@ class Stack:
             )
             own.append(
                 {
-                    n: {kind: jnp.zeros((rows, length, *a.query.shape[1:]), memory.dtype) for kind in ("key", "value")}
+                    n: {kind: jnp.zeros((rows, heads, length, size), memory.dtype) for kind in ("key", "value")}
                     for n, a in attentions.items()
+                    for _, heads, size in [a.query.shape]
                     if a.source == "self"
                 }
             )
@@ -210,7 +217,7 @@ class Stack:
     ) -> tuple[Float[Array, "R Q D"], tuple[PyTree, ...]]:
         """Final normed states of a block of Q positions per row, and the self slots with the block written."""
         config, frame = self.config, self._bind_frame(params)
-        slots = jax.tree.leaves(cache["self"])[0].shape[1]
+        slots = jax.tree.leaves(cache["self"])[0].shape[2]
         queries = cache["length"][:, None] + jnp.arange(x.shape[1])
         keys = jnp.arange(slots)
         view = StepView(

@@ -106,12 +106,16 @@ class Transformer:
         kernel = self.head(params).astype(self._dtype)
         return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
 
+    def unrolled(self, params: Params) -> Params:
+        """Parameters for `step` in a loop: without the stacking, whose slices would be copied at every pass."""
+        return {**params, "decoder": self._decoder.unrolled(params["decoder"])}
+
     def init_cache(
         self, params: Params, encoded: SourceHidden, source_mask: Bool[Array, "B S"], rows: int, length: int
     ) -> PyTree:
         """The decoding state of `rows` rows (batch x beams) with `length` slots each.
 
-        {"length": [R] slots in use, "self": per layer, name, key|value [R, length, H, K],
+        {"length": [R] slots in use, "self": per layer, name, key|value [R, H, length, K],
          "cross": per layer the source's keys and values, computed once and kept at B rows, "source_mask": [B, S]}.
         A permutation of beams gathers axis 0 of "length" and of every leaf of "self"; the rest is shared.
         """
@@ -133,4 +137,3 @@ class Transformer:
 
     def _embed(self, params: Params, tokens: Int[Array, "B T"]) -> Hidden:
         return params["embedding"].astype(self._dtype)[tokens]
-

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from mlm.training.trainer import Trainer
 Rows = Mapping[str, np.ndarray]
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """An endless iterator of this process's rows whose position can be saved: virtual shard -> opaque bytes."""
 
@@ -30,6 +31,7 @@ class RowSource(Protocol):
     def state(self) -> dict[int, bytes]: ...
 
 
+@runtime_checkable
 class Observer(Protocol):
     """A screen, or a test, that is told what happens. `info` holds the numbers of a progress line."""
 
@@ -48,7 +50,8 @@ class LoopConfig:
     def __post_init__(self):
         if self.log_every < 1 or self.evaluate_every < 0:
             raise ValueError(
-                f"LoopConfig: log_every={self.log_every} must be at least 1 and evaluate_every={self.evaluate_every} at least 0"
+                f"LoopConfig: log_every={self.log_every} must be at least 1 "
+                f"and evaluate_every={self.evaluate_every} at least 0"
             )
 
 
@@ -108,9 +111,9 @@ def fit(
         counter.add(metrics)
         if not meter.last["finite"] and trainer.config.on_nonfinite == "stop":
             raise TrainingDiverged(
-                f"loss or gradients are not finite at step {number} (loss {meter.means().get('loss', float('nan')):.4g}, "
-                f"gradient norm {meter.last['gradient_norm']:.4g}); the parameters are those of step {number - 1}. Lower the "
-                "learning rate, clip the gradient norm, or set TrainConfig.on_nonfinite='skip' to leave such batches out"
+                f"loss or gradients are not finite at step {number} (gradient norm {meter.last['gradient_norm']:.4g}); "
+                f"the parameters are those of step {number - 1}. Lower the learning rate, set optimizer.clip_norm, "
+                "or set train.on_nonfinite='skip' to leave such batches out"
             )
         if number % loop.log_every == 0 or number == last:
             seconds = time.perf_counter() - window

@@ -25,10 +25,13 @@ class Meter:
         self.steps = 0
 
     def add(self, metrics: Metrics) -> None:
-        """Fetches the metrics of one step (waits for it) and adds them."""
+        """Fetches the metrics of one step (waits for it) and adds them; of a step that was skipped, only the scalars."""
         self.steps += 1
-        for name, value in jax.device_get(dict(metrics)).items():
+        fetched = jax.device_get(dict(metrics))
+        for name, value in fetched.items():
             if isinstance(value, tuple):
+                if not fetched.get("finite", True):
+                    continue
                 old = self.sums.get(name, (0.0, 0.0))
                 self.sums[name] = tuple(a + np.asarray(b, np.float64) for a, b in zip(old, value, strict=True))
             else:
@@ -56,6 +59,9 @@ class TokenCounter:
             self.counts[int(index)] = count
 
     def add(self, metrics: Metrics) -> None:
+        """Counts the tokens of one step. A step that was skipped has not seen its tokens."""
+        if not metrics.get("finite", True):
+            return
         for name in (LANGUAGE_NLL, LANGUAGE_SOURCE):
             if name in metrics:
                 value = metrics[name]
@@ -82,10 +88,16 @@ class MetricWriter:
 
             _truncate(self._path, resume_step)
             self._lines = open(self._path, "a", buffering=1)
-            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+            self._events = SummaryWriter(
+                str(directory / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
+            )
 
     def write(
-        self, kind: str, step: int, scalars: Mapping[str, float], languages: Mapping[int, Mapping[str, float]] | None = None
+        self,
+        kind: str,
+        step: int,
+        scalars: Mapping[str, float],
+        languages: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
         """One line {"kind", "step", scalars…, "languages": {code: {...}}}, and the same as events."""
         if self._lines is None:
@@ -135,6 +147,6 @@ def _truncate(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _plain(value: float) -> float | None:
+def _plain(value: float | int) -> float | None:
     number = float(value)
     return round(number, 6) if np.isfinite(number) else None  # JSON has no NaN

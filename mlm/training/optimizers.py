@@ -142,7 +142,7 @@ def muon(
     adam_b2: float = 0.95,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> Transformation:
-    """Muon on the matrices inside the layers, AdamW on embeddings, head, norms and position tables.
+    """Muon on the matrices inside the layers, AdamW on embeddings, head, norms and position tables; both Nesterov.
 
     Each layer's momentum is orthogonalised on its own, attention kernels as the D x (H K) matrix they multiply with.
     consistent_rms scales updates to the size of AdamW's, so both parts share one learning rate (None: Jordan's scale).

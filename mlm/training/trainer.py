@@ -60,9 +60,7 @@ class Trainer:
     Raises ValueError, before anything is compiled, when heads, widths, vocabulary or batch do not divide the mesh.
     """
 
-    def __init__(
-        self, model: ModelConfig, train: TrainConfig, optimizer: OptimizerFactory, mesh: Mesh, languages: int
-    ):
+    def __init__(self, model: ModelConfig, train: TrainConfig, optimizer: OptimizerFactory, mesh: Mesh, languages: int):
         self.config, self.mesh = train, mesh
         self.model = Transformer(model, constrain(mesh))
         shapes, axes = self.model.shapes(), self.model.axes()
@@ -140,4 +138,3 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
         )
 
     return loss
-

@@ -155,7 +155,9 @@ def test_decoder_sees_only_the_past_and_the_whole_source(params):
 def test_padding_changes_nothing(params):
     """Token ids under padding, and more of it, leave real positions alone."""
     model, batch = Transformer(SMALL), batch_of(ROWS)
-    noisy = dict(batch, encoder_input_tokens=jnp.where(batch["encoder_segment_ids"] == 0, 9, batch["encoder_input_tokens"]))
+    noisy = dict(
+        batch, encoder_input_tokens=jnp.where(batch["encoder_segment_ids"] == 0, 9, batch["encoder_input_tokens"])
+    )
     got, want = logits_of(model, params, noisy), logits_of(model, params, batch)
     np.testing.assert_allclose(got[1, :3], want[1, :3], rtol=1e-6, atol=1e-6)
 

@@ -1,7 +1,5 @@
 """One update: same numbers for any microbatching, packing or mesh; fresh dropout everywhere; bad batches leave no trace."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,58 +7,13 @@ import optax
 import pytest
 
 from mlm.models.presets import t5_style
+from mlm.models.transformer import Transformer
 from mlm.parallel import MeshConfig, global_batch, make_mesh
 from mlm.training.optimizers import make_optimizer
+from mlm.training.state import init_state
 from mlm.training.step import accumulate, train_step
 from mlm.training.trainer import TrainConfig, Trainer, make_loss
-from mlm.training.state import init_state
-from mlm.models.transformer import Transformer
-
-MODEL = t5_style(vocab_size=64, d_model=16, d_ff=16, heads=4, head_dim=4, layers=(2, 2))
-LANGUAGES = 5
-
-
-def with_dropout(rate):
-    return dataclasses.replace(
-        MODEL,
-        encoder=dataclasses.replace(MODEL.encoder, dropout=rate),
-        decoder=dataclasses.replace(MODEL.decoder, dropout=rate),
-    )
-
-
-def examples(count, seed=0):
-    rng = np.random.default_rng(seed)
-    return [
-        (rng.integers(3, 64, rng.integers(2, 8)), rng.integers(3, 64, rng.integers(2, 6)), int(rng.integers(1, LANGUAGES)))
-        for _ in range(count)
-    ]
-
-
-def rows_of(groups, source=16, target=12):
-    """Batch whose rows hold the given groups of examples, one segment each."""
-    shape = {"encoder": (len(groups), source), "decoder": (len(groups), target)}
-    batch = {
-        f"{side}_{name}": np.zeros(shape[side], np.int32)
-        for side, names in {
-            "encoder": ("input_tokens", "segment_ids", "positions", "language_ids"),
-            "decoder": ("input_tokens", "target_tokens", "segment_ids", "positions", "language_ids", "task_ids"),
-        }.items()
-        for name in names
-    }
-    batch["decoder_loss_weights"] = np.zeros(shape["decoder"], np.float32)
-    for row, group in enumerate(groups):
-        s = t = 0
-        for number, (inputs, targets, language) in enumerate(group, start=1):
-            n, m = len(inputs), len(targets)
-            e, d = np.s_[row, s : s + n], np.s_[row, t : t + m]
-            batch["encoder_input_tokens"][e], batch["encoder_segment_ids"][e] = inputs, number
-            batch["encoder_positions"][e], batch["encoder_language_ids"][e] = np.arange(n), language
-            batch["decoder_target_tokens"][d], batch["decoder_segment_ids"][d] = targets, number
-            batch["decoder_input_tokens"][d] = np.concatenate([[0], targets[:-1]])
-            batch["decoder_positions"][d], batch["decoder_language_ids"][d] = np.arange(m), language
-            batch["decoder_loss_weights"][d] = 1.0
-            s, t = s + n, t + m
-    return batch
+from tests.training.toy import LANGUAGES, MODEL, examples, rows_of, with_dropout
 
 
 def sgd(axes, shapes):
@@ -165,7 +118,9 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters():
         return loss._replace(sum=loss.sum * jnp.where(batch["poison"][0] > 0, jnp.nan, 1.0))
 
     batch = {k: jnp.asarray(v) for k, v in rows_of([[e] for e in examples(2)]).items()}
-    step = jax.jit(lambda s, b: train_step(s, b, loss_fn=poisoned, optimizer=optimizer, key=jax.random.key(0), ema_decay=0.5))
+    step = jax.jit(
+        lambda s, b: train_step(s, b, loss_fn=poisoned, optimizer=optimizer, key=jax.random.key(0), ema_decay=0.5)
+    )
     state = init_state(params, optimizer, ema=True)
     bad, metrics = step(state, batch | {"poison": jnp.ones(2)})
     assert int(bad.step) == 1 and int(bad.skipped) == 1 and not metrics["finite"]
