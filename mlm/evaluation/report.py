@@ -1,0 +1,385 @@
+"""What a run was worth, as values: measured once, written as report.json, report.md and report.html.
+
+    report = Report(languages=rows, ...)
+    report.verdict.passed         # the exit code of `mlm train` with a report
+    to_json(report); to_markdown(report); report_html.to_html(report)
+
+Four models are compared on the same held-out rows, language by language, in bits per UTF-8 byte of the text hidden from
+them: the trained model, the same model with fresh parameters, and two baselines that know token frequencies only, those
+of the whole training mixture and those of the language itself.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SHARE_TO_WIN = 0.9  # of the languages, for a run to pass
+WINDOWS = 12  # points of a language's loss over time
+
+Curve = list[tuple[float, float]]  # (step, value)
+
+
+class Verdict(NamedTuple):
+    """passed: the trained model beats fresh parameters and the mixture's unigram in enough languages. text: so in words."""
+
+    passed: bool
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRow:
+    """One language. Models: bits per byte of held-out text. bytes: UTF-8, of the hidden text that was scored.
+
+    characters: of training text. rate: share of examples. tokens_seen: source and target, special tokens included.
+    epochs: how often its text was read at these rates.
+    """
+
+    code: str
+    name: str
+    script: str  # ISO 15924
+    trained: float
+    untrained: float
+    unigram: float
+    own_unigram: float
+    bytes: int
+    characters: int = 0
+    rate: float = 0.0
+    tokens_seen: int = 0
+    epochs: float = float("nan")
+
+    @property
+    def won(self) -> bool:
+        """Fewer bits than fresh parameters and than the mixture's unigram."""
+        return self.trained < min(self.untrained, self.unigram)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A held-out sentence, and what the two models write. source, target: language codes."""
+
+    source: str
+    target: str
+    text: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class FillIn:
+    """Held-out text with gaps: kept[0] gap 0 kept[1] gap 1 …; what was there, and what the two models put there."""
+
+    language: str
+    kept: tuple[str, ...]
+    truth: tuple[str, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that the three files say. records: metrics.jsonl of the run; facts: (name, value) in order.
+
+    told: how the unigrams were counted. task: what was hidden from the model. held_out: the split's name.
+    directions: code -> "ltr" or "rtl", for samples. next_steps: (purpose, command).
+    """
+
+    run: str
+    mixture: str
+    steps: int
+    parameters: int
+    languages: Sequence[LanguageRow]
+    records: Sequence[Mapping[str, Any]]
+    translations: Sequence[Translation]
+    fill_ins: Sequence[FillIn]
+    versions: Mapping[str, str]
+    machine: str
+    model: str
+    told: str
+    task: str
+    held_out: str
+    directions: Mapping[str, str]
+    next_steps: Sequence[tuple[str, str]]
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        return judge(self.languages)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        return {row.code: row.name for row in self.languages}
+
+    @cached_property
+    def scripts(self) -> dict[str, int]:
+        """Script -> number of languages, most first."""
+        found = [row.script for row in self.languages]
+        return {s: found.count(s) for s in sorted(set(found), key=lambda s: (-found.count(s), s))}
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of training: evaluation and saving are not counted, the first step's compilation is."""
+        return sum(seconds for _, seconds, _ in _windows(self.records))
+
+    @property
+    def tokens(self) -> int:
+        """Source and target tokens that the model was trained on."""
+        return sum(row.tokens_seen for row in self.languages)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else float("nan")
+
+    @cached_property
+    def throughput(self) -> Curve:
+        """Tokens per second over steps."""
+        return [(step, rate) for step, _, rate in _windows(self.records)]
+
+    def curve(self, kind: str, name: str = "nll") -> Curve:
+        """A value over steps: kind "train", or the held-out split."""
+        return [(r["step"], r[name]) for r in self.records if r["kind"] == kind and r.get(name) is not None]
+
+    @cached_property
+    def language_curves(self) -> dict[str, Curve]:
+        """Language code -> training loss over steps, nats per target token, the mean of each of WINDOWS windows."""
+        return language_curves([r for r in self.records if r["kind"] == "train"])
+
+    def mean(self, model: str) -> float:
+        """Of a model's bits per byte over the languages, each counting the same."""
+        return float(np.mean([getattr(row, model) for row in self.languages]))
+
+
+MODELS = ("trained", "untrained", "unigram", "own_unigram")
+
+
+def judge(rows: Sequence[LanguageRow]) -> Verdict:
+    """Passed when the trained model beats both baselines in SHARE_TO_WIN of the languages.
+
+    Raises ValueError without any language, and for one without held-out text: silence would be taken for success.
+    """
+    silent = [row.code for row in rows if not row.bytes]
+    if silent or not rows:
+        raise ValueError(f"no held-out text in {', '.join(silent) or 'any language'}: nothing can be said about the run")
+    won = sum(row.won for row in rows)
+    passed = won >= SHARE_TO_WIN * len(rows)
+    return Verdict(
+        passed,
+        f"{'passed' if passed else 'failed'}: in {won} of {len(rows)} languages ({won / len(rows):.1%}) the trained model "
+        f"needs fewer bits per byte of held-out text than fresh parameters and than the unigram of the mixture; "
+        f"{SHARE_TO_WIN:.0%} are asked for",
+    )
+
+
+def language_curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    """From training records with `languages`: {code: {loss, tokens}}: the mean over tokens in each window of steps."""
+    if not records:
+        return {}
+    last = max(r["step"] for r in records)
+    size = max(1, -(-last // WINDOWS))
+    sums: dict[str, dict[int, list[float]]] = {}
+    for record in records:
+        window = min((record["step"] - 1) // size, WINDOWS - 1)
+        for code, values in record.get("languages", {}).items():
+            if values.get("loss") is None:
+                continue
+            pair = sums.setdefault(code, {}).setdefault(window, [0.0, 0.0])
+            pair[0] += values["loss"] * values["tokens"]
+            pair[1] += values["tokens"]
+    middle = lambda window: (window * size + min((window + 1) * size, last)) / 2  # noqa: E731
+    return {c: [(middle(w), s / n) for w, (s, n) in sorted(ws.items()) if n] for c, ws in sorted(sums.items())}
+
+
+def _windows(records: Iterable[Mapping[str, Any]]) -> list[tuple[int, float, float]]:
+    """(step, seconds, tokens per second) of each logged window; a resumed run's windows begin where it resumed."""
+    found, before = [], 0
+    for record in records:
+        if record["kind"] == "train" and record.get("steps_per_second"):
+            steps = record["step"] - before
+            found.append((record["step"], steps / record["steps_per_second"], record["tokens_per_second"]))
+            before = record["step"]
+    return found
+
+
+# The two plain files.
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """report.json. bits_per_byte: of the held-out text hidden from the model; rate: share of examples."""
+    return {
+        "run": report.run,
+        "passed": report.verdict.passed,
+        "verdict": report.verdict.text,
+        "languages_won": sum(row.won for row in report.languages) / len(report.languages),
+        "mixture": report.mixture,
+        "steps": report.steps,
+        "seconds": round(report.seconds, 1),
+        "tokens": report.tokens,
+        "tokens_per_second": _number(report.tokens_per_second, 1),
+        "parameters": report.parameters,
+        "model": report.model,
+        "machine": report.machine,
+        "versions": dict(report.versions),
+        "held_out": {"split": report.held_out, "task": report.task, "unigram": report.told},
+        "mean_bits_per_byte": {model: _number(report.mean(model)) for model in MODELS},
+        "languages": {
+            row.code: {
+                "name": row.name,
+                "script": row.script,
+                "won": row.won,
+                "bits_per_byte": {model: _number(getattr(row, model)) for model in MODELS},
+                "held_out_bytes": row.bytes,
+                "characters": row.characters,
+                "rate": _number(row.rate, 6),
+                "tokens_seen": row.tokens_seen,
+                "epochs": _number(row.epochs),
+            }
+            for row in report.languages
+        },
+    }
+
+
+def summary(report: Report) -> str:
+    """One paragraph: what was trained, and the verdict."""
+    return (
+        f"A model of {report.parameters:,} parameters ({report.model}) was trained for {report.steps:,} steps on "
+        f"{report.mixture}: {report.tokens:,} tokens in {len(report.languages)} languages and {len(report.scripts)} scripts, "
+        f"in {minutes(report.seconds)} on {report.machine}. On held-out text it needs {report.mean('trained'):.2f} bits per "
+        f"byte, the mean over languages; fresh parameters need {report.mean('untrained'):.2f}, the unigram of the mixture "
+        f"{report.mean('unigram'):.2f}, each language's own unigram {report.mean('own_unigram'):.2f}. "
+        f"{report.verdict.text[:1].upper()}{report.verdict.text[1:]}."
+    )
+
+
+def to_markdown(report: Report) -> str:
+    """report.md: the same tables, without the plots."""
+    held_out = dict(report.curve(report.held_out))
+    train = report.curve("train")
+    shown = train[:: max(1, len(train) // 10)] + train[-1:]
+    near = lambda step: next((f"{loss:.3f}" for s, loss in held_out.items() if s == step), "")  # noqa: E731
+    steps = sorted({*(step for step, _ in shown), *held_out})
+    losses = dict(train)
+    parts = [
+        f"# Run {report.run}",
+        summary(report),
+        "## Loss",
+        "Nats per target token; the training loss is the mean since the line before in metrics.jsonl.",
+        table(
+            (">step", ">train", f">{report.held_out}"),
+            ([f"{step:,}", f"{losses[step]:.3f}" if step in losses else "", near(step)] for step in steps),
+        ),
+        "## Bits per byte of held-out text",
+        f"{report.task} {report.told}",
+        table(*bits_table(report)),
+        "## What was read",
+        SAMPLING_TEXT,
+        table(*sampling_table(report)),
+        "## Translations of held-out sentences",
+        *(
+            f"**{t.source} → {t.target}** {_line(t.text)}\n\n- fresh parameters: {_line(t.before)}\n"
+            f"- trained: {_line(t.after)}\n- reference: {_line(t.reference)}"
+            for t in report.translations
+        ),
+        "## Gaps in held-out text",
+        *(
+            f"**{f.language}**\n\n- fresh parameters: {_line(_filled(f, f.before))}\n- trained: {_line(_filled(f, f.after))}"
+            f"\n- the text: {_line(_filled(f, f.truth))}"
+            for f in report.fill_ins
+        ),
+        "## Throughput and versions",
+        table(("", ""), facts(report)),
+        "## How to go on",
+        *(f"{purpose}:\n\n    {command}" for purpose, command in report.next_steps),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+SAMPLING_TEXT = (
+    "Characters: of training text. Rate: share of the examples. Tokens seen: source and target, special tokens included. "
+    "Epochs: how often the language's text was read at these rates; a pair counts for the language that is not English."
+)
+
+
+def bits_table(report: Report) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Columns and rows, the language won by most first. A column with ">" in front holds numbers."""
+    columns = ("language", "name", "script", ">bytes", ">trained", ">unigram", ">own unigram", ">fresh", ">gain", "")
+    ordered = sorted(report.languages, key=lambda row: row.trained / min(row.unigram, row.untrained))
+    return columns, [
+        [
+            row.code,
+            row.name,
+            row.script,
+            f"{row.bytes:,}",
+            f"{row.trained:.2f}",
+            f"{row.unigram:.2f}",
+            f"{row.own_unigram:.2f}",
+            f"{row.untrained:.2f}",
+            f"{1 - row.trained / min(row.unigram, row.untrained):+.0%}",
+            "" if row.won else "not won",
+        ]
+        for row in ordered
+    ]
+
+
+def sampling_table(report: Report) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Columns and rows, the largest rate first."""
+    columns = ("language", "name", "script", ">characters", ">rate", ">tokens seen", ">epochs")
+    ordered = sorted(report.languages, key=lambda row: (-row.rate, row.code))
+    return columns, [
+        [
+            row.code,
+            row.name,
+            row.script,
+            f"{row.characters:,}",
+            f"{row.rate:.2%}",
+            f"{row.tokens_seen:,}",
+            "–" if np.isnan(row.epochs) else f"{row.epochs:.2f}",
+        ]
+        for row in ordered
+    ]
+
+
+def facts(report: Report) -> list[list[str]]:
+    """(what, value) lines of the section on throughput."""
+    return [
+        ["training time", minutes(report.seconds)],
+        ["tokens", f"{report.tokens:,}"],
+        ["tokens per second", f"{report.tokens_per_second:,.0f}"],
+        ["steps per second", f"{report.steps / report.seconds:.2f}" if report.seconds else "–"],
+        ["machine", report.machine],
+        ["model", f"{report.model}, {report.parameters:,} parameters"],
+        *([name, version] for name, version in report.versions.items()),
+    ]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; columns that start with ">" are right-aligned."""
+    head = "| " + " | ".join(c.removeprefix(">") for c in columns) + " |"
+    rule = "|" + "|".join("---:" if c.startswith(">") else "---" for c in columns) + "|"
+    return "\n".join([head, rule, *("| " + " | ".join(_line(cell) for cell in row) + " |" for row in rows)])
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as "48 s", "7 min 5 s" or "3 h 20 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _filled(fill: FillIn, gaps: Sequence[str]) -> str:
+    parts = [fill.kept[0]]
+    for gap, kept in zip(gaps, fill.kept[1:], strict=True):
+        parts += [f"[{gap.strip()}]", kept]
+    return "".join(parts)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|") or "(nothing)"
+
+
+def _number(value: float, digits: int = 4) -> float | None:
+    return round(float(value), digits) if np.isfinite(value) else None
