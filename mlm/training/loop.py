@@ -160,7 +160,7 @@ def fit(
             if loop.evaluate_every and step % loop.evaluate_every == 0 and step < last:
                 settle()
                 results, evaluated = evaluate(), step
-            if checkpointer.due(step) and position is not None:
+            if checkpointer.due(step) and step < last and position is not None:
                 settle()
                 save(position, results if evaluated == step else {})
         settle()

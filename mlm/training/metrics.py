@@ -108,7 +108,8 @@ class MetricWriter:
             record["languages"] = {c: {k: _plain(v) for k, v in values.items()} for c, values in named.items()}
         self._lines.write(json.dumps(record, ensure_ascii=False) + "\n")
         for name, value in scalars.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+            if np.isfinite(value):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
         for code, values in named.items():
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}_{name}/{code}", value, step)
