@@ -39,8 +39,10 @@ def measure(peers: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[st
             if turn:
                 wall[name].append(time.perf_counter() - start)
                 processor[name].append(time.process_time() - busy)
-            print(f"\r{turn}/{repeats} {name:40s}", end="", file=sys.stderr, flush=True)
-    print("\r" + " " * 50 + "\r", end="", file=sys.stderr)
+            if sys.stderr.isatty():
+                print(f"\r{turn}/{repeats} {name:40s}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r" + " " * 50 + "\r", end="", file=sys.stderr)
     return {
         name: {
             "seconds": statistics.median(wall[name]),

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ def path_name(path: Sequence) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def named_leaves(tree: PyTree, is_leaf: Callable | None = None) -> Iterator[tuple[str, object]]:
+def named_leaves(tree: PyTree, is_leaf: Callable | None = None) -> Iterator[tuple[str, Any]]:
     """(path name, leaf) pairs in tree order."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
         yield path_name(path), leaf

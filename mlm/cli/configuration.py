@@ -7,12 +7,12 @@ MIXTURE = 'quickstart'             # a macro, used as %MIXTURE
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gin
-
 from mlm.cli.main import UsageError
 from mlm.registry import nearest
 from mlm.shipped import gin_path
@@ -20,7 +20,7 @@ from mlm.shipped import gin_path
 _bound: dict[str, list[str]] = {}  # configurable name -> its parameters
 
 
-def bind(name: str, target: object) -> None:
+def bind(name: str, target: Callable[..., Any]) -> None:
     """Makes a function or dataclass available to gin files under `name`."""
     if name not in _bound:
         gin.external_configurable(target, name=name)

@@ -391,7 +391,10 @@ def _next_steps(run_dir: Path, session: Any) -> list[tuple[str, str]]:
     return [
         ("Translate a sentence", f'mlm generate "Where is the station?" --to {to} {where}'),
         ("Score every task of the mixture on its held-out text", f"mlm eval {where} --num_examples 100"),
-        ("Train longer, in another run", f"mlm train --gin_file={where.split()[-1]}/config.gin --steps {10 * session.step} --run_dir RUN"),
+        (
+            "Train longer, in another run",
+            f"mlm train --gin_file={where.split()[-1]}/config.gin --steps {10 * session.step} --run_dir RUN",
+        ),
         ("See what the mixture reads, at any budget", f"mlm mixture show {session.data['mixture']} --budget 1e8"),
         ("Curves of every language", f"tensorboard --logdir {where.split()[-1]}/tensorboard"),
         ("In a notebook", f'import mlm\nrun = mlm.load("{run_dir}")\nrun.generate(["Good morning"], to="{to}")'),

@@ -97,7 +97,7 @@ def bind_all() -> None:
     from mlm.training.schedules import make_schedule
     from mlm.training.trainer import TrainConfig
 
-    for name, target in {
+    names: dict[str, Callable[..., Any]] = {
         "run": Plan,
         "preset": preset,
         "data": DataConfig,
@@ -107,7 +107,8 @@ def bind_all() -> None:
         "mesh": MeshConfig,
         "checkpoints": CheckpointConfig,
         "loop": LoopConfig,
-    }.items():
+    }
+    for name, target in names.items():
         configuration.bind(name, target)
 
 
@@ -179,24 +180,27 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         _describe_run(plan, directory, trainer, rows, config_text, start)
 
     if start < plan.train.steps:
-        with MetricWriter(directory.path, [language.code or "-" for language in LANGUAGES], start) as writer:
-            with screen.TrainingScreen(plan.train.steps, start) as observer:
-                outcome = fit(
-                    trainer,
-                    Prefetcher(rows),
-                    checkpointer=checkpointer,
-                    writer=writer,
-                    observer=observer,
-                    loop=plan.loop,
-                    counter=TokenCounter(len(LANGUAGES), extra.get("tokens_seen")),
-                    state=state,
-                    start=start,
-                    schedule=plan.schedule,
-                    evaluations={plan.evaluation_split: lambda: _held_out(plan, data, layout)},
-                    language_info=_language_info(rows),
-                    flops_per_step=training_flops(plan.model, data.batch_size, data.inputs_length, data.targets_length),
-                    peak_flops=peak_flops(),
-                )
+        codes = [language.code or "-" for language in LANGUAGES]
+        with (
+            MetricWriter(directory.path, codes, start) as writer,
+            screen.TrainingScreen(plan.train.steps, start) as observer,
+        ):
+            outcome = fit(
+                trainer,
+                Prefetcher(rows),
+                checkpointer=checkpointer,
+                writer=writer,
+                observer=observer,
+                loop=plan.loop,
+                counter=TokenCounter(len(LANGUAGES), extra.get("tokens_seen")),
+                state=state,
+                start=start,
+                schedule=plan.schedule,
+                evaluations={plan.evaluation_split: lambda: _held_out(plan, data, layout)},
+                language_info=_language_info(rows),
+                flops_per_step=training_flops(plan.model, data.batch_size, data.inputs_length, data.targets_length),
+                peak_flops=peak_flops(),
+            )
         checkpointer.close()
         if outcome.interrupted:
             screen.say(f"stopped at step {outcome.step}, everything is saved; the same command resumes:")

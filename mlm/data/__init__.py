@@ -1,1 +1,1 @@
-"""Text in: languages, vocabularies, preprocessors, sources and batches. The only folder that may import TensorFlow and SeqIO."""
+"""Text in: languages, vocabularies, tasks, batches. The only folder that may import TensorFlow, SeqIO."""

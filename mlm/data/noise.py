@@ -23,9 +23,8 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import tensorflow as tf
-
 from mlm.data.rows import Rows, from_lengths, in_rows, select
+from mlm.data.tensorflow import tf
 from mlm.data.vocabulary import Vocabulary
 from mlm.registry import Registry
 

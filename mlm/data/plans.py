@@ -9,10 +9,9 @@ short.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import tensorflow as tf
-
 from mlm.data import noise
 from mlm.data.rows import cut, frame
+from mlm.data.tensorflow import tf
 from mlm.data.vocabulary import Vocabulary
 from mlm.registry import Registry
 

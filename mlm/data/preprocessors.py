@@ -19,12 +19,9 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
-import seqio
-import tensorflow as tf
-import tensorflow_text
-
 from mlm.data.languages import language, language_id
 from mlm.data.plans import PLANS, Plan
+from mlm.data.tensorflow import seqio, tensorflow_text, tf
 from mlm.data.vocabulary import Vocabulary
 from mlm.registry import Registry
 from mlm.types import EOS_ID

@@ -4,8 +4,7 @@ once.
 
 from collections.abc import Sequence
 
-import tensorflow as tf
-
+from mlm.data.tensorflow import tf
 from mlm.types import EOS_ID
 
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import tensorflow as tf
-
 from mlm.data.languages import language
+from mlm.data.tensorflow import tf
 from mlm.registry import nearest
 
 # Reserved in every trained vocabulary, since none can grow without breaking its checkpoints: the mask of BART and MLM,

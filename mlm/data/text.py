@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import numpy as np
-import seqio
 
-from mlm.data.registration import mixture_rates
 from mlm.data.recipes import Units
+from mlm.data.registration import mixture_rates
 from mlm.data.sources import TableSource
+from mlm.data.tensorflow import seqio
 
 
 def sample_lines(mixture: str, lines: int, split: str = "train", seed: int = 0) -> Iterator[str]:

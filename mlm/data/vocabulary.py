@@ -19,13 +19,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import SupportsInt
 
-import seqio
-import tensorflow as tf
-import tensorflow_text
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from mlm import shipped
 from mlm.data.special_tokens import SpecialTokens, special_names
+from mlm.data.tensorflow import seqio, tensorflow_text, tf
 from mlm.types import EOS_ID, PAD_ID, UNK_ID
 
 SIZE_MULTIPLE = 128  # of every vocabulary, so that it divides over the mesh
@@ -243,7 +241,7 @@ Vocabulary = SentencePieceVocabulary | ByteVocabulary
 
 
 def load_vocabulary(path_or_name: str | os.PathLike, sentinels: int = 0) -> Vocabulary:
-    """The vocabulary in a file (SentencePiece `.model`, or the JSON of a byte vocabulary), "bytes" for ByT5's, or the name
+    """The vocabulary in a file (SentencePiece `.model` or the JSON of bytes), "bytes" for ByT5's, or the name
     of a shipped one, such as "quickstart".
 
     sentinels: appended to a SentencePiece model that has none of its own.
@@ -256,8 +254,8 @@ def load_vocabulary(path_or_name: str | os.PathLike, sentinels: int = 0) -> Voca
     if not os.path.isfile(path_or_name):
         names = sorted(p.stem for p in shipped.vocabulary_path("").parent.glob("*.model"))
         raise FileNotFoundError(
-            f"no vocabulary at {os.path.abspath(path_or_name)}; give a SentencePiece .model file, 'bytes', or a shipped "
-            f"name: {', '.join(names)}"
+            f"no vocabulary at {os.path.abspath(path_or_name)}; give a SentencePiece .model file, 'bytes', or a "
+            f"shipped name: {', '.join(names)}"
         )
     with open(path_or_name, "rb") as file:
         if file.read(1) == b"{":

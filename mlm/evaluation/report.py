@@ -161,7 +161,9 @@ def judge(rows: Sequence[LanguageRow]) -> Verdict:
     """
     silent = [row.code for row in rows if not row.bytes]
     if silent or not rows:
-        raise ValueError(f"no held-out text in {', '.join(silent) or 'any language'}: nothing can be said about the run")
+        raise ValueError(
+            f"no held-out text in {', '.join(silent) or 'any language'}: nothing can be said about the run"
+        )
     won = sum(row.won for row in rows)
     passed = won >= SHARE_TO_WIN * len(rows)
     return Verdict(

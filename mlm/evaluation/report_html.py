@@ -4,7 +4,17 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from mlm.evaluation import report_plots as plots
-from mlm.evaluation.report import SAMPLING_TEXT, FillIn, LanguageRow, Report, bits_table, facts, minutes, sampling_table, summary
+from mlm.evaluation.report import (
+    SAMPLING_TEXT,
+    FillIn,
+    LanguageRow,
+    Report,
+    bits_table,
+    facts,
+    minutes,
+    sampling_table,
+    summary,
+)
 from mlm.evaluation.report_plots import COLOURS, MUTED, Line, Point
 
 NAMED_LINES = 8  # languages with a colour of their own
@@ -67,7 +77,9 @@ def to_html(report: Report) -> str:
         _section("Translations of held-out sentences", _translations(report)),
         _section("Gaps in held-out text", _gaps(report)),
         _section("Throughput", _throughput(report)),
-        _section("How to go on", "".join(f"<p>{escape(what)}</p><pre>{escape(how)}</pre>" for what, how in report.next_steps)),
+        _section(
+            "How to go on", "".join(f"<p>{escape(what)}</p><pre>{escape(how)}</pre>" for what, how in report.next_steps)
+        ),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -90,7 +102,11 @@ def _tiles(report: Report) -> str:
         (_short(report.parameters), "parameters"),
         (minutes(report.seconds), "of training"),
     ]
-    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{escape(v)}</b><span>{t}</span></div>' for v, t in entries) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{escape(v)}</b><span>{t}</span></div>' for v, t in entries)
+        + "</div>"
+    )
 
 
 def _losses(report: Report) -> str:
@@ -175,13 +191,19 @@ def _gaps(report: Report) -> str:
             f"<dt>{what}</dt>" + _text(report, f.language, _marked(f, gaps), raw=True)
             for what, gaps in (("fresh parameters", f.before), ("trained", f.after), ("the text", f.truth))
         )
-        cards.append(f'<div class="sample"><h3>{escape(report.names.get(f.language, f.language))}</h3><dl>{rows}</dl></div>')
-    return '<p class="note">Greedy decoding; what stands in a gap is marked, green where it is right.</p>' + "".join(cards)
+        cards.append(
+            f'<div class="sample"><h3>{escape(report.names.get(f.language, f.language))}</h3><dl>{rows}</dl></div>'
+        )
+    return '<p class="note">Greedy decoding; what stands in a gap is marked, green where it is right.</p>' + "".join(
+        cards
+    )
 
 
 def _throughput(report: Report) -> str:
     plot = plots.lines([Line("", report.throughput, 0)], x="step", y="tokens per second", zero=True)
-    return _figure(plot, "Source and target tokens of training, evaluation not counted.") + _table(("", ""), facts(report), sort=False)
+    return _figure(plot, "Source and target tokens of training, evaluation not counted.") + _table(
+        ("", ""), facts(report), sort=False
+    )
 
 
 def prominent(rows: Sequence[LanguageRow], count: int) -> list[str]:
@@ -209,8 +231,13 @@ def _text(report: Report, code: str, text: str, raw: bool = False) -> str:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], sort: bool = True) -> str:
     numbers = [c.startswith(">") for c in columns]
     kind = ['<td class="n">' if number else "<td>" for number in numbers]
-    head = "".join(f"<th{' class=n' if n else ''}>{escape(c.removeprefix('>'))}</th>" for c, n in zip(columns, numbers, strict=True))
-    lines = ("<tr>" + "".join(f"{k}{escape(cell)}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>" for row in rows)
+    head = "".join(
+        f"<th{' class=n' if n else ''}>{escape(c.removeprefix('>'))}</th>"
+        for c, n in zip(columns, numbers, strict=True)
+    )
+    lines = (
+        "<tr>" + "".join(f"{k}{escape(cell)}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>" for row in rows
+    )
     start = f'<table class="sort"><thead><tr>{head}</tr></thead>' if sort else "<table>"
     return f'<div class="box">{start}<tbody>{"".join(lines)}</tbody></table></div>'
 

@@ -41,7 +41,9 @@ class Point:
     colour: int = MUTED
 
 
-def lines(series: Sequence[Line], *, x: str, y: str, zero: bool = False, marks: Sequence[tuple[float, str]] = ()) -> str:
+def lines(
+    series: Sequence[Line], *, x: str, y: str, zero: bool = False, marks: Sequence[tuple[float, str]] = ()
+) -> str:
     """Lines over a common x axis; coloured ones carry their label at the right end. marks: (y, text) of dashed levels.
 
     zero: the y axis begins at 0. Without any point, a sentence that says so.
@@ -52,7 +54,9 @@ def lines(series: Sequence[Line], *, x: str, y: str, zero: bool = False, marks: 
     named = [line for line in series if line.colour < MUTED and line.points]
     room = LEFT + 12 + LETTER * max((len(line.label) for line in named), default=0)
     values = [p[1] for p in points] + [level for level, _ in marks]
-    frame = _Frame((min(p[0] for p in points), max(p[0] for p in points)), (0.0 if zero else min(values), max(values)), room)
+    frame = _Frame(
+        (min(p[0] for p in points), max(p[0] for p in points)), (0.0 if zero else min(values), max(values)), room
+    )
     parts = [frame.axes(x, y)]
     for level, text in marks:
         place = frame.y(level)
@@ -83,7 +87,13 @@ def lines(series: Sequence[Line], *, x: str, y: str, zero: bool = False, marks: 
 
 
 def scatter(
-    points: Sequence[Point], *, x: str, y: str, diagonal: str = "", legend: Sequence[tuple[str, int]] = (), height: int = 560
+    points: Sequence[Point],
+    *,
+    x: str,
+    y: str,
+    diagonal: str = "",
+    legend: Sequence[tuple[str, int]] = (),
+    height: int = 560,
 ) -> str:
     """Points with labels where there is room. diagonal: text of a line x = y, then both axes have one scale.
 
@@ -101,7 +111,9 @@ def scatter(
         low, high = frame.span
         x0, y0, x1, y1 = frame.x(low), frame.y(low), frame.x(high), frame.y(high)
         parts.append(f'<path class="mark" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"/>')
-        parts.append(f'<text class="small" text-anchor="end" x="{x1 - 60:.1f}" y="{frame.y(high) + 14:.1f}">{escape(diagonal)}</text>')
+        parts.append(
+            f'<text class="small" text-anchor="end" x="{x1 - 60:.1f}" y="{frame.y(high) + 14:.1f}">{escape(diagonal)}</text>'
+        )
     placed = [(frame.x(p.x), frame.y(p.y), p) for p in points]
     for a, b, point in sorted(placed, key=lambda entry: -entry[2].colour):
         parts.append(
@@ -116,7 +128,9 @@ def scatter(
 class _Frame:
     """Data to picture coordinates, and the two axes."""
 
-    def __init__(self, across: tuple[float, float], up: tuple[float, float], room: float, top: float = TOP, height: int = HEIGHT):
+    def __init__(
+        self, across: tuple[float, float], up: tuple[float, float], room: float, top: float = TOP, height: int = HEIGHT
+    ):
         self.left, self.right, self.top, self.bottom = LEFT, WIDTH - room, top, height - BOTTOM
         self._across, self.x_ticks = _scale(*across)
         self._up, self.y_ticks = _scale(*up)
@@ -139,13 +153,19 @@ class _Frame:
         for value in self.y_ticks:
             place = self.y(value)
             parts.append(f'<path class="grid" d="M{self.left} {place:.1f}H{self.right:.1f}"/>')
-            parts.append(f'<text class="tick" text-anchor="end" x="{self.left - 8}" y="{place + 4:.1f}">{_tick(value)}</text>')
+            parts.append(
+                f'<text class="tick" text-anchor="end" x="{self.left - 8}" y="{place + 4:.1f}">{_tick(value)}</text>'
+            )
         for value in self.x_ticks:
             place = self.x(value)
             parts.append(f'<path class="grid" d="M{place:.1f} {self.top}V{self.bottom}"/>')
-            parts.append(f'<text class="tick" text-anchor="middle" x="{place:.1f}" y="{self.bottom + 18}">{_tick(value)}</text>')
+            parts.append(
+                f'<text class="tick" text-anchor="middle" x="{place:.1f}" y="{self.bottom + 18}">{_tick(value)}</text>'
+            )
         middle = (self.left + self.right) / 2
-        parts.append(f'<text class="axis" text-anchor="middle" x="{middle:.1f}" y="{self.bottom + 40}">{escape(x)}</text>')
+        parts.append(
+            f'<text class="axis" text-anchor="middle" x="{middle:.1f}" y="{self.bottom + 40}">{escape(x)}</text>'
+        )
         centre = (self.top + self.bottom) / 2
         turn = f'transform="translate(16 {centre:.1f}) rotate(-90)"'
         parts.append(f'<text class="axis" text-anchor="middle" {turn}>{escape(y)}</text>')

@@ -92,9 +92,8 @@ class LayerSpec:
 class StackConfig:
     """A stack of `repeats` equal groups of layers. A group is the smallest repeating pattern.
 
-    Parameters of the groups are stacked on a leading axis. scan: run the groups by one `lax.scan` (compile time does not
-    grow with depth) or unrolled; the numbers are the same. remat: what the backward pass keeps
-    (none: everything; minimal: outputs of weight matmuls; dots: outputs of all matmuls; full: layer inputs only).
+    Parameters of the groups are stacked on a leading axis. scan: run the groups by one `lax.scan` (compile time does
+    not grow with depth) or unrolled; the numbers are the same. remat: what the backward pass keeps (none: everything; minimal: outputs of weight matmuls; dots: outputs of all matmuls; full: layer inputs only).
     """
 
     group: tuple[LayerSpec, ...]
@@ -112,7 +111,7 @@ class StackConfig:
             raise ValueError("StackConfig.group needs at least one layer, and every layer at least one sublayer")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"StackConfig.dropout={self.dropout} must be in [0, 1)")
-        heads = {s.heads for layer in self.group for s in layer.sublayers if _is_attention(s, "self")}
+        heads = {s.heads for s in self._attentions("self")}
         if len(heads) != 1:
             raise ValueError(
                 f"StackConfig: one relative-position table serves all self-attention of a stack, so their head counts "
@@ -125,14 +124,14 @@ class StackConfig:
 
     @property
     def heads(self) -> int:
-        return next(s.heads for layer in self.group for s in layer.sublayers if _is_attention(s, "self"))
+        return self._attentions("self")[0].heads
 
     def attends(self, source: str) -> bool:
-        return any(_is_attention(s, source) for layer in self.group for s in layer.sublayers)
+        return bool(self._attentions(source))
 
-
-def _is_attention(spec: AttentionSpec | FFNSpec, source: str) -> bool:
-    return isinstance(spec, AttentionSpec) and spec.source == source
+    def _attentions(self, source: str) -> list[AttentionSpec]:
+        specs = [spec for layer in self.group for spec in layer.sublayers]
+        return [spec for spec in specs if isinstance(spec, AttentionSpec) and spec.source == source]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> 
     """FLOPs of forward and backward on `rows` rows of `source` and `target` positions.
 
     6 x (weights x positions they are applied to, cross keys and values at source positions, head at target positions)
-    + 12 x layers x heads x head size x (pairs of positions; causal pairs counted half). A multiply-add is 2 FLOPs and the
-    backward pass costs twice the forward; padding counts as positions, because the matrices do not know it.
+    + 12 x layers x heads x head size x (pairs of positions; causal pairs counted half). A multiply-add is 2 FLOPs and
+    the backward pass costs twice the forward; padding counts as positions, because the matrices do not know it.
     """
     encoder = _stack(config.encoder, config.d_model, source, 0)
     decoder = _stack(config.decoder, config.d_model, target, source)

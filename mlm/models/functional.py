@@ -30,7 +30,7 @@ class Template:
         return one(key) if self._repeats is None else jax.vmap(one)(jax.random.split(key, self._repeats))
 
     def axes(self) -> PyTree:
-        """Logical axis names of every parameter, in the shape of the parameter dict; stacked ones lead with "layers"."""
+        """Logical axis names of every parameter, in the tree of the parameters; stacked ones lead with "layers"."""
         lead: Axes = () if self._repeats is None else ("layers",)
         flat = nnx.to_flat_state(self._abstract)
         names = [lead + tuple(variable.get_metadata()["axes"]) for _, variable in flat]

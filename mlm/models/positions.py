@@ -12,8 +12,8 @@ def relative_bucket(
 ) -> Int[Array, "*shape"]:
     """Bucket of relative = key position - query position, in tokens.
 
-    n = -relative. Bidirectional: half of the buckets serve keys to the right (n < 0), then n = |n|; causal: n = max(n, 0).
-    With m exact buckets (half of what is left), n < m has its own bucket, the rest share
+    n = -relative. Bidirectional: half of the buckets serve keys to the right (n < 0), then n = |n|; causal:
+    n = max(n, 0). With m exact buckets (half of what is left), n < m has its own bucket, the rest share
     m + floor(ln(n / m + eps) / ln(max_distance / m) * (buckets - m)), at most the last one.
     eps is the float32 machine epsilon: without it n = m * 2^i can fall one bucket short. Source: T5X relpos_bias.
     """

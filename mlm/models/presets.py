@@ -5,6 +5,8 @@ T5 1.1 / mT5 (Xue et al. 2021): pre-norm encoder-decoder, gated-GELU feed-forwar
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, ModelConfig, StackConfig
 from mlm.registry import Registry
@@ -46,10 +48,10 @@ def _t5_row(size: tuple, vocab_size: int) -> ModelConfig:
 
 
 PRESETS: Registry[Callable[[], ModelConfig]] = Registry("model preset")
-PRESETS["tiny"] = lambda: _t5_row(TINY, 512)
+PRESETS["tiny"] = partial(_t5_row, TINY, 512)
 for _size, _row in T5_1_1_SIZES.items():
-    PRESETS[f"t5_1_1_{_size}"] = lambda row=_row: _t5_row(row, T5_VOCAB)
-    PRESETS[f"mt5_{_size}"] = lambda row=_row: _t5_row(row, MT5_VOCAB)
+    PRESETS[f"t5_1_1_{_size}"] = partial(_t5_row, _row, T5_VOCAB)
+    PRESETS[f"mt5_{_size}"] = partial(_t5_row, _row, MT5_VOCAB)
 
 
 def preset(
@@ -66,7 +68,7 @@ def preset(
     Raises KeyError with the nearest names for an unknown preset.
     """
     config = PRESETS[name]()
-    stack = {k: v for k, v in (("dropout", dropout), ("remat", remat), ("scan", scan)) if v is not None}
+    stack: dict[str, Any] = {k: v for k, v in (("dropout", dropout), ("remat", remat), ("scan", scan)) if v is not None}
     config = replace(config, encoder=replace(config.encoder, **stack), decoder=replace(config.decoder, **stack))
-    top = {k: v for k, v in (("vocab_size", vocab_size), ("dtype", dtype)) if v is not None}
+    top: dict[str, Any] = {k: v for k, v in (("vocab_size", vocab_size), ("dtype", dtype)) if v is not None}
     return replace(config, **top)

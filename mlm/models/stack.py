@@ -40,8 +40,11 @@ class Layer(nnx.Module):
     def __init__(self, d_model: int, spec: LayerSpec, rngs: nnx.Rngs):
         self.names = spec.names()
         for name, sublayer in zip(self.names, spec.sublayers, strict=True):
-            attention = isinstance(sublayer, AttentionSpec)
-            body = (Attention if attention else FeedForward)(d_model, sublayer, rngs)
+            body: Attention | FeedForward
+            if isinstance(sublayer, AttentionSpec):
+                body = Attention(d_model, sublayer, rngs)
+            else:
+                body = FeedForward(d_model, sublayer, rngs)
             body.norm = RMSNorm(d_model)
             setattr(self, name, body)
 

@@ -176,40 +176,34 @@ def _local(terms, split, gradients, hidden, kernel, targets, weights):
     rows, length, width = hidden.shape
     columns = kernel.shape[1]
     accumulator = _accumulator(hidden.dtype)
-    positions = terms.chunk or max(1, _memory() * 3 // 4 // (rows * columns * accumulator.itemsize))
-    slices = math.ceil(length / positions)
-    positions = math.ceil(length / slices)
-    step = functools.partial(_slice, terms, split, kernel.astype(hidden.dtype))
+    positions = terms.chunk or _memory() * 13 // 16 // (rows * columns * accumulator.itemsize)
+    slices, positions = _cut(length, positions)
+    inputs = (hidden, targets, weights)
 
-    def cut(array, start, size):
-        return lax.dynamic_slice_in_dim(array, start, size, axis=1)
+    def body(dkernel, number):
+        start = number * positions
+        part = (lax.dynamic_slice_in_dim(x, start, positions, axis=1) for x in inputs)
+        return _slice(terms, split, kernel, dkernel, *part)
 
+    # Positions of weight 0 fill the last slice: XLA would hold the logits of a smaller one beside those of the loop.
+    inputs = tuple(jnp.pad(x, [(0, 0), (0, slices * positions - length)] + [(0, 0)] * (x.ndim - 2)) for x in inputs)
+    kernel = kernel.astype(hidden.dtype)
     dkernel = jnp.zeros((width, columns), accumulator) if gradients else None
+    dkernel, parts = lax.scan(body, dkernel, jnp.arange(slices))
+    done = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length], parts)
 
-    def body(dkernel, start):
-        return step(dkernel, *(cut(x, start, positions) for x in (hidden, targets, weights)))
-
-    if slices > 1:
-        starts = positions * jnp.arange(slices - 1)
-        dkernel, parts = lax.scan(body, dkernel, starts)
-        parts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:]), parts)
-    rest = positions * (slices - 1)
-    dkernel, last = step(dkernel, *(x[:, rest:] for x in (hidden, targets, weights)))
-    if slices > 1:
-        last = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), parts, last)
-
-    total = jnp.sum(last.loss * weights.astype(accumulator))
+    total = jnp.sum(done.loss * weights.astype(accumulator))
     if split.batch:
         total = lax.psum(total, split.batch)
     if not gradients:
-        return total, last.stats, None, None, None
-    dhidden = lax.psum(last.dhidden, split.vocab) if split.vocab else last.dhidden
+        return total, done.stats, None, None, None
+    dhidden = lax.psum(done.dhidden, split.vocab) if split.vocab else done.dhidden
     for name in split.batch:
         if name in split.embed:
             dkernel = lax.psum_scatter(dkernel, name, scatter_dimension=0, tiled=True)
     others = tuple(name for name in split.batch if name not in split.embed)
     dkernel = lax.psum(dkernel, others) if others else dkernel
-    return total, last.stats, last.loss, dhidden, dkernel
+    return total, done.stats, done.loss, dhidden, dkernel
 
 
 def _slice(terms, split, kernel, dkernel, hidden, targets, weights):
@@ -269,6 +263,17 @@ def _slice(terms, split, kernel, dkernel, hidden, targets, weights):
     dhidden = jnp.zeros(hidden.shape, accumulator)
     dkernel, dhidden = lax.fori_loop(0, math.ceil(columns / tile), add_tile, (dkernel, dhidden))
     return dkernel, _Slice(loss.reshape(grid), stats, dhidden.reshape(rows, length, width))
+
+
+def _cut(length: int, most: int) -> tuple[int, int]:
+    """(slices, positions of each): at most `most` positions, filled up as little as possible, then as few slices as possible.
+
+    >>> _cut(114, 16)  # 8 x 15 = 120, against 8 x 16 = 128
+    (8, 15)
+    """
+    most = min(max(most, 1), length)
+    positions = min(range((most + 1) // 2, most + 1), key=lambda p: (math.ceil(length / p) * p, -p))
+    return math.ceil(length / positions), positions
 
 
 def _across(reduce, names, x):

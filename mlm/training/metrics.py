@@ -20,12 +20,12 @@ class Meter:
     """Running sums of the metrics of several steps. (sum, weight) pairs add up; scalars keep their last value."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.sums: dict[str, tuple[Any, Any]] = {}
         self.last: dict[str, float] = {}
         self.steps = 0
 
     def add(self, metrics: Metrics) -> None:
-        """Fetches the metrics of one step (waits for it) and adds them; of a step that was skipped, only the scalars."""
+        """Fetches the metrics of one step (waits for it) and adds them; of a skipped step, only the scalars."""
         self.steps += 1
         fetched = jax.device_get(dict(metrics))
         for name, value in fetched.items():
@@ -87,7 +87,7 @@ class MetricWriter:
             from tensorboardX import SummaryWriter
 
             _truncate(self._path, resume_step)
-            self._lines = open(self._path, "a", buffering=1)
+            self._lines = open(self._path, "a", buffering=1)  # noqa: SIM115  `close` closes it
             self._events = SummaryWriter(
                 str(directory / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
             )

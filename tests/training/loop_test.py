@@ -112,7 +112,8 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path,
     before = signal.getsignal(name)
     stopper = Recorder(at=4, act=lambda: os.kill(os.getpid(), name))
     stopped, *_ = run(tmp_path / "cut", steps=12, every=100, observer=stopper)
-    assert stopped.interrupted and 4 < stopped.step < 12
+    assert stopped.interrupted
+    assert 4 < stopped.step < 12
     assert signal.getsignal(name) == before
     resumed, *_ = run(tmp_path / "cut", steps=12, every=100)
     assert not resumed.interrupted
@@ -140,14 +141,15 @@ def test_a_bad_batch_stops_the_run_with_the_reason(tmp_path):
 
 def test_a_bad_batch_can_be_skipped_and_is_counted(tmp_path):
     outcome, _, screen, _ = run(tmp_path, rows=Rows(poison=(3,)), on_nonfinite="skip")
-    assert outcome.step == 8 and int(outcome.state.skipped) == 1
+    assert outcome.step == 8
+    assert int(outcome.state.skipped) == 1
     assert screen.logged[8]["skipped"] == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(outcome.state.params)))
 
 
 def test_checkpoints_evaluations_and_the_best_of_them(tmp_path):
     held_out = {"validation": lambda: [rows_of([[e] for e in examples(4, seed=99)])]}
-    outcome, _, screen, (steps, best) = run(tmp_path, steps=8, every=2, evaluations=held_out, best="validation/loss")
+    _outcome, _, screen, (steps, best) = run(tmp_path, steps=8, every=2, evaluations=held_out, best="validation/loss")
     assert steps == [2, 4, 6, 8]
     losses = {r["step"]: r["loss"] for r in read_metrics(tmp_path) if r["kind"] == "validation"}
     assert sorted(losses) == steps
@@ -159,7 +161,9 @@ def test_a_progress_line_has_its_numbers(tmp_path):
     _, _, screen, _ = run(tmp_path, steps=3)
     info = screen.logged[3]
     assert info["model_flops_per_second"] == pytest.approx(1e6 * info["steps_per_second"])
-    assert info["tokens_per_second"] > 0 and np.isfinite(info["gradient_norm"]) and 0 <= info["accuracy"] <= 1
+    assert info["tokens_per_second"] > 0
+    assert np.isfinite(info["gradient_norm"])
+    assert 0 <= info["accuracy"] <= 1
 
 
 def test_metric_lines_of_steps_to_be_repeated_are_dropped(tmp_path):
@@ -172,7 +176,8 @@ def test_metric_lines_of_steps_to_be_repeated_are_dropped(tmp_path):
         writer.write("train", 3, {"loss": float("nan")})
     records = read_metrics(tmp_path)
     assert [r["step"] for r in records] == [1, 2, 3]
-    assert records[-1]["loss"] is None and records[0]["languages"] == {"aa": {"loss": 2.0}}
+    assert records[-1]["loss"] is None
+    assert records[0]["languages"] == {"aa": {"loss": 2.0}}
 
 
 def test_nonsense_is_refused():

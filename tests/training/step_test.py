@@ -1,4 +1,4 @@
-"""One update: same numbers for any microbatching, packing or mesh; fresh dropout everywhere; bad batches leave no trace."""
+"""One update: same numbers for any microbatching, packing, mesh; fresh dropout; bad batches leave no trace."""
 
 import jax
 import jax.numpy as jnp
@@ -123,11 +123,15 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters():
     )
     state = init_state(params, optimizer, ema=True)
     bad, metrics = step(state, batch | {"poison": jnp.ones(2)})
-    assert int(bad.step) == 1 and int(bad.skipped) == 1 and not metrics["finite"]
+    assert int(bad.step) == 1
+    assert int(bad.skipped) == 1
+    assert not metrics["finite"]
     for name in ("params", "optimizer", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(bad, name), getattr(state, name))
     good, metrics = step(bad, batch | {"poison": jnp.zeros(2)})
-    assert int(good.step) == 2 and int(good.skipped) == 1 and metrics["finite"]
+    assert int(good.step) == 2
+    assert int(good.skipped) == 1
+    assert metrics["finite"]
     assert not np.array_equal(good.params["embedding"], state.params["embedding"])
 
 
