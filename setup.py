@@ -72,7 +72,7 @@ setup(
     python_requires=">=3.11,<3.14",  # tensorflow-text has wheels for these only
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["mlm = mlm.cli.main:main"]},
+    entry_points={"console_scripts": ["mlm = mlm.cli.main:console"]},
     # gin/ stays at the top of the checkout, where users look for it; in the wheel it is mlm/gin/ (see mlm/shipped.py).
     packages=[*find_packages(include=["mlm", "mlm.*", "tasks", "tasks.*"]), "mlm.gin"],
     package_dir={"mlm.gin": "gin"},

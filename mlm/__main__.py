@@ -2,6 +2,6 @@
 
 import sys
 
-from mlm.cli.main import main
+from mlm.cli.main import console
 
-sys.exit(main())
+sys.exit(console())

@@ -68,7 +68,7 @@ class Attention(nnx.Module):
         return jnp.einsum("BTD,DHK->BTHK", x, self.query[...].astype(x.dtype))
 
     def keys_values(self, states: SourceHidden) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S K"]]:
-        """Keys and values of the states to be looked at, heads first: the order that a matrix product per head reads."""
+        """Keys and values of the states to be looked at, heads first, as a matrix product per head reads them."""
         key = jnp.einsum("BSD,DHK->BHSK", states, self.key[...].astype(states.dtype))
         value = jnp.einsum("BSD,DHK->BHSK", states, self.value[...].astype(states.dtype))
         return key, value

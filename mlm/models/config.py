@@ -93,7 +93,8 @@ class StackConfig:
     """A stack of `repeats` equal groups of layers. A group is the smallest repeating pattern.
 
     Parameters of the groups are stacked on a leading axis. scan: run the groups by one `lax.scan` (compile time does
-    not grow with depth) or unrolled; the numbers are the same. remat: what the backward pass keeps (none: everything; minimal: outputs of weight matmuls; dots: outputs of all matmuls; full: layer inputs only).
+    not grow with depth) or unrolled; the numbers are the same. remat: what the backward pass keeps (none: everything;
+    minimal: outputs of weight matmuls; dots: outputs of all matmuls; full: layer inputs only).
     """
 
     group: tuple[LayerSpec, ...]
