@@ -6,8 +6,10 @@ MIXTURE = 'quickstart'             # a macro, used as %MIXTURE
 """
 
 import inspect
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import typing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,15 @@ from mlm.cli.main import UsageError
 from mlm.registry import nearest
 from mlm.shipped import gin_path
 
-_bound: dict[str, list[str]] = {}  # configurable name -> its parameters
+_bound: dict[str, Any] = {}  # configurable name -> function or dataclass
+LITERALS = (bool, int, float, str, type(None))
 
 
-def bind(name: str, target: Callable[..., Any]) -> None:
+def bind(name: str, target: Any) -> None:
     """Makes a function or dataclass available to gin files under `name`."""
     if name not in _bound:
         gin.external_configurable(target, name=name)
-        _bound[name] = list(inspect.signature(target).parameters)
+        _bound[name] = target
 
 
 @dataclass(frozen=True)
@@ -38,29 +41,29 @@ class Resolved:
 def resolve(files: Sequence[str], overrides: Iterable[str]) -> Resolved:
     """Parses gin files in order (later wins), then `NAME.parameter=value` overrides, and locks the configuration.
 
-    Raises UsageError for a missing file, an unknown name (with the nearest), a macro nobody uses, or a required
-    value that was never set.
+    Raises UsageError for a missing file, an unknown name (with the nearest), a macro nobody uses or defines, a value of
+    the wrong type, or a required value that was never set.
     """
     gin.clear_config()
-    gin.add_config_file_search_path(str(gin_path().parent))
-    if gin_path().name != "gin" or not (gin_path().parent / "gin").is_dir():
-        gin.add_config_file_search_path(str(gin_path()))
     paths = [find(name) for name in files]
+    _search([*(path.parent for path in paths), gin_path().parent, gin_path()])
     try:
         gin.parse_config_files_and_bindings([str(p) for p in paths], None, finalize_config=False)
-        before = _bindings()
-        for override in overrides:
-            gin.parse_config(_statement(override))
-        after = _bindings()
-        _check_macros()
-        gin.finalize()
-        text = gin.config_str(max_line_length=110)
-    except UsageError:
-        raise
     except Exception as error:
-        raise UsageError(_explain(error)) from error
-    changes = [f"{k}: {before.get(k, 'not set')} -> {v}" for k, v in after.items() if before.get(k) != v]
-    return Resolved(text, tuple(changes))
+        raise UsageError(explain(error)) from error
+    before, used = _bindings(), _used_macros()
+    for override in overrides:
+        try:
+            gin.parse_config(_statement(override))
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(f"{override}: {explain(error)}") from error
+    _check_macros(used | _used_macros())
+    _check_values()
+    gin.finalize()
+    changes = [f"{k}: {before.get(k, 'not set')} -> {v}" for k, v in _bindings().items() if before.get(k) != v]
+    return Resolved(gin.config_str(max_line_length=110), tuple(changes))
 
 
 def find(name: str) -> Path:
@@ -74,6 +77,33 @@ def find(name: str) -> Path:
     raise UsageError(f"no gin file {name!r} here or among the shipped ones; {nearest(name, known)}")
 
 
+def explain(error: Exception) -> str:
+    """gin's errors, and those of what gin calls, in one line with the nearest names."""
+    text = str(error).strip()
+    line = re.search(r'In file "([^"]+)", line (\d+)', text)
+    where = f"{line[1]}, line {line[2]}: " if line else ""
+    if found := re.search(r"No configurable matching (?:reference )?'@?([^'()]+)", text):
+        return f"{where}nothing is named {found[1]!r}; {nearest(found[1].split('/')[-1], _bound)}"
+    if found := re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text):
+        owner = found[1].split(".")[-1]
+        return f"{where}{owner} has no parameter {found[2]!r}; {nearest(found[2], _parameters(owner))}"
+    if found := re.search(r"Unable to open file: (.+?)\. Searched", text):
+        try:
+            find(found[1])
+        except UsageError as missing:
+            return f"{where}{missing}"
+    if found := re.search(r"Failed to parse token '(.*)' \((.+), line (\d+)\)", text):
+        return f"{found[2]}, line {found[3]}: {found[1]} is no value; text needs quotes, references @ or %"
+    if (found := re.search(r"missing \d+ required .*?arguments?: (.+)", text)) and (
+        owner := re.search(r"configurable '([^']+)'", text)
+    ):
+        names = ", ".join(f"{owner[1]}.{name}" for name in re.findall(r"'(\w+)'", found[1]))
+        return f"the configuration sets no {names} (gin/runs/pretrain.gin has them all)"
+    if "EOF in multi-line statement" in text:
+        return f"{where}a bracket is not closed"
+    return where + text.split("\n")[0]
+
+
 def _statement(override: str) -> str:
     """`a.b=text` as a gin binding; a value that is no Python literal or gin reference is taken as a string."""
     name, equals, value = override.partition("=")
@@ -84,32 +114,64 @@ def _statement(override: str) -> str:
     return f"{name.strip()} = {value if literal else repr(value)}"
 
 
+def _search(folders: Iterable[Path]) -> None:
+    """Where gin looks for included files: the working directory, then these. Of gin's readers only plain files stay:
+    the search of Python packages logs every miss as an error.
+    """
+    gin.config._LOCATION_PREFIXES[:] = ["", *dict.fromkeys(str(folder) for folder in folders)]
+    gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+
+
 def _bindings() -> dict[str, str]:
     """Every binding as text."""
-    return {
-        (f"{'/'.join(filter(None, scope))}.{parameter}" if selector != "gin.macro" else scope[0]): repr(value)
-        for (scope_name, selector), parameters in gin.config._CONFIG.items()
-        for scope in [(scope_name, selector.split(".")[-1])]
-        for parameter, value in parameters.items()
-    }
+    return {name: repr(value) for name, value in _values()}
 
 
-def _check_macros() -> None:
-    """A misspelt macro would be accepted in silence: every macro that is set must be used by some binding."""
-    config = gin.config._CONFIG
-    defined = {scope for scope, selector in config if selector == "gin.macro"}
-    used = set(re.findall(r"%(\w+)", gin.config_str()))
+def _values() -> Iterator[tuple[str, Any]]:
+    for (scope, selector), parameters in gin.config._CONFIG.items():
+        owner = scope if selector == "gin.macro" else "/".join(filter(None, (scope, selector.split(".")[-1])))
+        for parameter, value in parameters.items():
+            yield (owner if selector == "gin.macro" else f"{owner}.{parameter}"), value
+
+
+def _used_macros() -> set[str]:
+    return set(re.findall(r"%([\w.]+)", gin.config_str()))
+
+
+def _check_macros(used: set[str]) -> None:
+    """A macro that is misspelt where it is set would be accepted in silence, one misspelt where it is used would fail
+    with the whole configuration as the message.
+    """
+    used = used - {"gin.REQUIRED"}
+    defined = {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}
     for name in sorted(defined - used):
         raise UsageError(f"nothing uses the macro {name}; {nearest(name, used)}")
+    if missing := sorted(_used_macros() - defined - {"gin.REQUIRED"}):
+        raise UsageError(
+            f"the macro {missing[0]} is used but not set; {nearest(missing[0], defined)} (MODEL and MIXTURE are set by "
+            "the files of gin/models and gin/mixtures)"
+        )
 
 
-def _explain(error: Exception) -> str:
-    text = str(error).strip()
-    first = text.split("\n")[0]
-    unknown = re.search(r"No configurable matching '([^']+)'", text)
-    if unknown:
-        return f"{first} {nearest(unknown[1].split('/')[-1], _bound)}"
-    parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text)
-    if parameter:
-        return f"{first} {nearest(parameter[2], _bound.get(parameter[1].split('.')[-1], []))}"
-    return text
+def _check_values() -> None:
+    """Required values are there, and plain ones have the type that their parameter is declared with."""
+    required = [name for name, value in _values() if repr(value) == "%gin.REQUIRED"]
+    if required:
+        raise UsageError(f"required, but not set: {', '.join(sorted(required))}")
+    for name, value in _values():
+        owner, _, parameter = name.rpartition(".")
+        target = _bound.get(owner.split("/")[-1])
+        hint = typing.get_type_hints(target).get(parameter) if target else None
+        allowed = typing.get_args(hint) or (hint,)
+        fits = type(value) in allowed or (type(value) is int and float in allowed)
+        if isinstance(value, LITERALS) and set(allowed) <= set(LITERALS) and not fits:
+            raise UsageError(f"{name}={value!r} must be {' or '.join(_named(kind) for kind in allowed)}")
+
+
+def _named(kind: type) -> str:
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
+    return names[kind]
+
+
+def _parameters(name: str) -> list[str]:
+    return list(inspect.signature(_bound[name]).parameters) if name in _bound else []

@@ -24,11 +24,7 @@ def run(arguments: list[str]) -> int:
     try:
         plan = _plan()
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(str(error.args[0]) if error.args else str(error)) from error
-    if options.run_dir:
-        plan = dataclasses.replace(plan, run_dir=options.run_dir)
-    if options.steps:
-        plan = dataclasses.replace(plan, train=dataclasses.replace(plan.train, steps=options.steps))
+        raise UsageError(configuration.explain(error)) from error
     return pretrain(plan, resolved.text, dry_run=options.dry_run)
 
 
@@ -60,6 +56,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     dotted = [a.removeprefix("--gin.") for a in arguments if a.startswith("--gin.")]
     options = parser.parse_args([a for a in arguments if not a.startswith("--gin.")])
     options.overrides += options.gin_bindings + dotted
+    if options.run_dir is not None:
+        options.overrides.append(f"run.run_dir={options.run_dir!r}")
+    if options.steps is not None:
+        options.overrides.append(f"train.steps={options.steps}")
     return options
 
 
