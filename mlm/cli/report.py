@@ -1,12 +1,11 @@
-"""`mlm report --run_dir DIR`: what a run was worth, language by language; report.html, report.md and report.json in it."""
+"""`mlm report --run_dir DIR`: what a run was worth, language by language, as report.html, .md and .json."""
 
 import argparse
 import copy
-import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,11 @@ import numpy as np
 
 from mlm.cli import screen
 from mlm.cli.main import Failed
-from mlm.evaluation.report import FillIn, LanguageRow, Report, Translation, Verdict, to_json, to_markdown
+from mlm.cli.report_samples import hiding_plan, sample
+from mlm.evaluation.language_loss import LanguageLosses
+from mlm.evaluation.report import LanguageRow, Report, Verdict, to_json
 from mlm.evaluation.report_html import prominent, to_html
+from mlm.evaluation.report_text import to_markdown
 
 TOKENS_COUNTED = 2_000_000  # text tokens of training rows behind the unigram baselines
 ROWS = 32  # of a batch
@@ -23,8 +25,6 @@ SCORED_BYTES = 1500  # of a language's held-out text, at least, where other gaps
 GAPS_DRAWN = 8  # times at most, to get there
 EXAMPLES = 2000  # held-out ones of a task, at most
 SAMPLES = 8  # languages whose translations and fill-ins are shown
-GAPS_SHOWN = 4  # of a fill-in
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 Batch = Mapping[str, np.ndarray]
 
@@ -96,7 +96,7 @@ def measure(run_dir: Path) -> Report:
     with screen.working("sizes of the corpora …"):
         rows = _rows(session, losses, text_share)
     with screen.working("translations and fill-ins …"):
-        translations, fill_ins = _samples(session, fresh, tasks, rows, split)
+        translations, fill_ins = sample(session, fresh, tasks, prominent(rows, SAMPLES + 1), split)
     return Report(
         run=session.run.path.resolve().name,
         mixture=session.data["mixture"],
@@ -114,9 +114,9 @@ def measure(run_dir: Path) -> Report:
             f"training never saw{_limits(hidden, split)}."
         ),
         told=(
-            f"The unigrams know where text stands and how frequent each token is among {_text_tokens(counts):,} text tokens "
-            "of the training batches, inputs and targets together, plus one for each token; the own unigram counts only "
-            "tokens of the same language."
+            f"The unigrams know where text stands and how frequent each token is among {_text_tokens(counts):,} text "
+            "tokens of training batches, inputs and targets together, plus one for each token; the own unigram counts "
+            "tokens of the same language only."
         ),
         held_out=split,
         directions={language.code: language.direction for language in LANGUAGES},
@@ -129,21 +129,10 @@ def measure(run_dir: Path) -> Report:
 
 def _denoising(tasks: Sequence[str]) -> tuple[list[str], str]:
     """The tasks that hide text of one language, and what they do in words; all tasks when there is none such."""
-    plans = {name: plan for name in tasks if (plan := _plan(name))}
+    plans = {name: plan for name in tasks if (plan := hiding_plan(name))}
     if not plans:
         return list(tasks), "the targets of its tasks"
     return list(plans), " and ".join(sorted(set(plans.values()))).replace("_", " ")
-
-
-def _plan(name: str) -> str | None:
-    """How a task hides text, e.g. "span_corruption"; None for one that does not."""
-    from mlm.data.readers import is_unit_task
-    from mlm.data.recipes import Denoising
-    from mlm.data.registration import get
-
-    task = get(name)
-    examples = task.preprocessors[0].recipe.examples if is_unit_task(task) else None
-    return examples.plan if isinstance(examples, Denoising) else None
 
 
 def _held_out(session: Any, tasks: Sequence[str], split: str) -> list[Batch]:
@@ -248,18 +237,18 @@ def _unigrams(session: Any, counts: Mapping[int, np.ndarray], batches: Sequence[
     none = np.zeros(session.config.vocab_size, np.int64)
     with screen.working("unigrams …"):
         own = {i: unigram_log_probs(counts.get(i, none), spelling).astype(np.float32) for i in met}
-        tables = {"unigram": unigram_log_probs(sum(counts.values()), spelling), "own_unigram": own}
+        mixture = unigram_log_probs(np.sum(list(counts.values()), axis=0), spelling)
         return {
-            name: language_losses(unigram(table), batches, spelling, languages=len(LANGUAGES))
-            for name, table in tables.items()
+            name: language_losses(token_nll, batches, spelling, languages=len(LANGUAGES))
+            for name, token_nll in (("unigram", unigram(mixture)), ("own_unigram", unigram(own)))
         }
 
 
 # Tables.
 
 
-def _rows(session: Any, losses: Mapping[str, Any], text_share: float) -> list[LanguageRow]:
-    """One row for each language of the mixture that has hidden text, and for those only translated into."""
+def _rows(session: Any, losses: Mapping[str, LanguageLosses], text_share: float) -> list[LanguageRow]:
+    """One row for each language of the mixture; one without held-out text counts as not won."""
     from mlm.data.languages import LANGUAGES
     from mlm.data.recipes import Lengths
     from mlm.data.statistics import mixture_table
@@ -268,97 +257,29 @@ def _rows(session: Any, losses: Mapping[str, Any], text_share: float) -> list[La
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
     budget = text_share * sum(seen.values())
     sizes = {row.name: row for row in mixture_table(session.data["mixture"], budget, session.vocabulary, lengths)}
+    bits = {model: found.bits_per_byte for model, found in losses.items()}
     rows = []
-    for index in losses["trained"].seen():
-        language = LANGUAGES[index]
-        size = sizes.get(language.code)
+    for language in LANGUAGES[1:]:
+        size, index = sizes.get(language.code), language.id
+        if size is None and not losses["trained"].tokens[index]:
+            continue
         rows.append(
             LanguageRow(
                 code=language.code,
                 name=language.name,
                 script=language.script,
-                **{model: float(found.bits_per_byte[index]) for model, found in losses.items()},
+                trained=float(bits["trained"][index]),
+                untrained=float(bits["untrained"][index]),
+                unigram=float(bits["unigram"][index]),
+                own_unigram=float(bits["own_unigram"][index]),
                 bytes=int(losses["trained"].bytes[index]),
+                characters=size.characters if size else 0,
+                rate=size.rate if size else 0.0,
                 tokens_seen=seen.get(index, 0),
-                **({"characters": size.characters, "rate": size.rate, "epochs": size.epochs} if size else {}),
+                epochs=size.epochs if size else float("nan"),
             )
         )
     return sorted(rows, key=lambda row: row.code)
-
-
-# Samples.
-
-
-def _samples(
-    session: Any, fresh: Any, tasks: Sequence[str], rows: Sequence[LanguageRow], split: str
-) -> tuple[list[Translation], list[FillIn]]:
-    """Held-out examples in languages of different scripts, decoded by the trained and the fresh parameters."""
-    from mlm.data.languages import LANGUAGES
-    from mlm.data.once import examples_once
-    from mlm.data.recipes import Lengths
-    from mlm.session import Source
-
-    lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
-    chosen = [code for code in prominent(rows, SAMPLES + 1) if code != "en"][:SAMPLES]
-    names = _shown_tasks(tasks, chosen)
-    found = {n: es for n, es in examples_once(names, split, session.vocabulary, lengths, limit=50) if es}
-    examples = {name: _typical(session, found[name]) for name in names if name in found}
-    sources = [Source([int(token) for token in e.inputs], False) for e in examples.values()]
-    if not sources:
-        return [], []
-    before, after = ([best[0].text for best in model.decode(sources)] for model in (fresh, session))
-    translations, fill_ins = [], []
-    for example, *written in zip(examples.values(), before, after, strict=True):
-        text, reference = (session.vocabulary.decode(side.tolist()) for side in (example.inputs, example.targets))
-        source, target = LANGUAGES[example.inputs_language].code, LANGUAGES[example.language].code
-        if source != target:
-            tag = f"<2{target}>"
-            plain = [t.removeprefix(tag).strip() for t in (text, reference, *written)]
-            translations.append(Translation(source, target, *plain))
-        elif "<extra_id_0>" in text:
-            fill_ins.append(fill_in(target, text, reference, *written))
-    return translations, fill_ins
-
-
-def _shown_tasks(tasks: Sequence[str], codes: Iterable[str]) -> list[str]:
-    """For each language its first translation from English, into English, and its first task that hides text."""
-    from mlm.data.readers import is_unit_task
-    from mlm.data.registration import get
-
-    by_pair: dict[tuple[str, str], str] = {}
-    for name in tasks:
-        task = get(name)
-        if is_unit_task(task):
-            units = task.preprocessors[0]
-            if units.inputs_language != units.language or _plan(name):
-                by_pair.setdefault((units.inputs_language, units.language), name)
-    wanted = [pair for code in codes for pair in (("en", code), (code, "en"), (code, code))]
-    return [by_pair[pair] for pair in wanted if pair in by_pair]
-
-
-def _typical(session: Any, examples: Sequence[Any]) -> Any:
-    """Neither the shortest nor the longest: a sentence that can be read at a glance."""
-    return min(examples, key=lambda e: abs(len(e.targets) - 16))
-
-
-def fill_in(language: str, text: str, truth: str, before: str, after: str) -> FillIn:
-    """The first gaps of a corrupted text, and what stands after the same sentinels in the targets and the predictions.
-
-    >>> fill_in("en", "A <extra_id_0> sat<extra_id_1>.", "<extra_id_0> cat<extra_id_1> down", "x", "<extra_id_0> dog").after
-    (' dog', '')
-    """
-    parts = _SENTINEL.split(text)  # text, number, text, number, text
-    kept, numbers = parts[0::2], parts[1::2]
-    if len(numbers) > GAPS_SHOWN:
-        kept = [*kept[:GAPS_SHOWN], kept[GAPS_SHOWN].rstrip() + " …"]
-        numbers = numbers[:GAPS_SHOWN]
-
-    def gaps(written: str) -> tuple[str, ...]:
-        cut = _SENTINEL.split(written)
-        by_number = dict(zip(reversed(cut[1::2]), reversed(cut[2::2]), strict=True))  # the first of a repeated one
-        return tuple(by_number.get(number, "") for number in numbers)
-
-    return FillIn(language, tuple(kept), gaps(truth), gaps(before), gaps(after))
 
 
 # Words.
@@ -366,17 +287,21 @@ def fill_in(language: str, text: str, truth: str, before: str, after: str) -> Fi
 
 def _seed(directory: Any) -> int:
     """The seed that the run's parameters were made from."""
-    path = directory / "config.gin"
-    found = re.search(r"^train\.seed = (\d+)", path.read_text(), re.M) if path.exists() else None
+    found = re.search(r"^train\.seed = (\d+)", _config(directory), re.M)
     return int(found[1]) if found else 0
+
+
+def _config(directory: Any) -> str:
+    path = directory / "config.gin"
+    return path.read_text() if path.exists() else ""
 
 
 def _machine(session: Any) -> str:
     path = session.run / "mesh.json"
     mesh = session.run.read_json("mesh.json") if path.exists() else {}
-    devices = f"{mesh.get('devices', 1)} × {mesh.get('device_kind', 'device')}"
-    cores = f" ({os.cpu_count()} cores)" if mesh.get("platform") == "cpu" else ""
-    return devices + cores
+    if mesh.get("platform", "cpu") == "cpu":
+        return f"{os.cpu_count()} CPU cores"
+    return f"{mesh['devices']} × {mesh['device_kind']}"
 
 
 def _model(session: Any) -> str:
@@ -386,16 +311,16 @@ def _model(session: Any) -> str:
 
 
 def _next_steps(run_dir: Path, session: Any) -> list[tuple[str, str]]:
-    where = f"--run_dir {shlex.quote(str(run_dir))}"
+    folder, steps = shlex.quote(str(run_dir)), 10 * session.step
     to = next((code for code in ("fr", "es", "uk") if code in session.languages), (session.languages or ["en"])[0])
+    longer = f"mlm train --gin_file={folder}/config.gin --run_dir {folder}-longer --steps {steps}"
+    if "schedule.total_steps" in _config(session.run):
+        longer += f" --set schedule.total_steps={steps}"
     return [
-        ("Translate a sentence", f'mlm generate "Where is the station?" --to {to} {where}'),
-        ("Score every task of the mixture on its held-out text", f"mlm eval {where} --num_examples 100"),
-        (
-            "Train longer, in another run",
-            f"mlm train --gin_file={where.split()[-1]}/config.gin --steps {10 * session.step} --run_dir RUN",
-        ),
-        ("See what the mixture reads, at any budget", f"mlm mixture show {session.data['mixture']} --budget 1e8"),
-        ("Curves of every language", f"tensorboard --logdir {where.split()[-1]}/tensorboard"),
+        ("Translate a sentence", f'mlm generate "Where is the station?" --to {to} --run_dir {folder}'),
+        ("Score every task of the mixture on held-out text", f"mlm eval --run_dir {folder} --num_examples 100"),
+        ("Train longer, in another run", longer),
+        ("See what the mixture reads at any budget", f"mlm mixture show {session.data['mixture']} --budget 1e8"),
+        ("Curves of every language", f"tensorboard --logdir {folder}/tensorboard"),
         ("In a notebook", f'import mlm\nrun = mlm.load("{run_dir}")\nrun.generate(["Good morning"], to="{to}")'),
     ]

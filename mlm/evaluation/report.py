@@ -2,7 +2,7 @@
 
     report = Report(languages=rows, ...)
     report.verdict.passed         # the exit code of `mlm train` with a report
-    to_json(report); to_markdown(report); report_html.to_html(report)
+    to_json(report); report_text.to_markdown(report); report_html.to_html(report)
 
 Four models are compared on the same held-out rows, language by language, in bits per UTF-8 byte of the text hidden from
 them: the trained model, the same model with fresh parameters, and two baselines that know token frequencies only, those
@@ -23,7 +23,9 @@ Curve = list[tuple[float, float]]  # (step, value)
 
 
 class Verdict(NamedTuple):
-    """passed: the trained model beats fresh parameters and the mixture's unigram in enough languages. text: so in words."""
+    """passed: the trained model beats fresh parameters and the mixture's unigram in enough languages. text: the same in
+    words.
+    """
 
     passed: bool
     text: str
@@ -53,7 +55,12 @@ class LanguageRow:
     @property
     def won(self) -> bool:
         """Fewer bits than fresh parameters and than the mixture's unigram."""
-        return self.trained < min(self.untrained, self.unigram)
+        return self.trained < self.untrained and self.trained < self.unigram
+
+    @property
+    def gain(self) -> float:
+        """Share of the bits that are saved against the better of the two."""
+        return 1 - self.trained / min(self.untrained, self.unigram)
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ class Report:
 
     def mean(self, model: str) -> float:
         """Of a model's bits per byte over the languages, each counting the same."""
-        return float(np.mean([getattr(row, model) for row in self.languages]))
+        return float(np.nanmean([getattr(row, model) for row in self.languages]))
 
 
 MODELS = ("trained", "untrained", "unigram", "own_unigram")
@@ -168,8 +175,8 @@ def judge(rows: Sequence[LanguageRow]) -> Verdict:
     passed = won >= SHARE_TO_WIN * len(rows)
     return Verdict(
         passed,
-        f"{'passed' if passed else 'failed'}: in {won} of {len(rows)} languages ({won / len(rows):.1%}) the trained model "
-        f"needs fewer bits per byte of held-out text than fresh parameters and than the unigram of the mixture; "
+        f"{'passed' if passed else 'failed'}: in {won} of {len(rows)} languages ({won / len(rows):.1%}) the trained "
+        "model needs fewer bits per byte of held-out text than fresh parameters and than the unigram of the mixture; "
         f"{SHARE_TO_WIN:.0%} are asked for",
     )
 
@@ -202,9 +209,6 @@ def _windows(records: Iterable[Mapping[str, Any]]) -> list[tuple[int, float, flo
             found.append((record["step"], steps / record["steps_per_second"], record["tokens_per_second"]))
             before = record["step"]
     return found
-
-
-# The two plain files.
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -240,147 +244,6 @@ def to_json(report: Report) -> dict[str, Any]:
             for row in report.languages
         },
     }
-
-
-def summary(report: Report) -> str:
-    """One paragraph: what was trained, and the verdict."""
-    return (
-        f"A model of {report.parameters:,} parameters ({report.model}) was trained for {report.steps:,} steps on "
-        f"{report.mixture}: {report.tokens:,} tokens in {len(report.languages)} languages and {len(report.scripts)} scripts, "
-        f"in {minutes(report.seconds)} on {report.machine}. On held-out text it needs {report.mean('trained'):.2f} bits per "
-        f"byte, the mean over languages; fresh parameters need {report.mean('untrained'):.2f}, the unigram of the mixture "
-        f"{report.mean('unigram'):.2f}, each language's own unigram {report.mean('own_unigram'):.2f}. "
-        f"{report.verdict.text[:1].upper()}{report.verdict.text[1:]}."
-    )
-
-
-def to_markdown(report: Report) -> str:
-    """report.md: the same tables, without the plots."""
-    held_out = dict(report.curve(report.held_out))
-    train = report.curve("train")
-    shown = train[:: max(1, len(train) // 10)] + train[-1:]
-    near = lambda step: next((f"{loss:.3f}" for s, loss in held_out.items() if s == step), "")  # noqa: E731
-    steps = sorted({*(step for step, _ in shown), *held_out})
-    losses = dict(train)
-    parts = [
-        f"# Run {report.run}",
-        summary(report),
-        "## Loss",
-        "Nats per target token; the training loss is the mean since the line before in metrics.jsonl.",
-        table(
-            (">step", ">train", f">{report.held_out}"),
-            ([f"{step:,}", f"{losses[step]:.3f}" if step in losses else "", near(step)] for step in steps),
-        ),
-        "## Bits per byte of held-out text",
-        f"{report.task} {report.told}",
-        table(*bits_table(report)),
-        "## What was read",
-        SAMPLING_TEXT,
-        table(*sampling_table(report)),
-        "## Translations of held-out sentences",
-        *(
-            f"**{t.source} → {t.target}** {_line(t.text)}\n\n- fresh parameters: {_line(t.before)}\n"
-            f"- trained: {_line(t.after)}\n- reference: {_line(t.reference)}"
-            for t in report.translations
-        ),
-        "## Gaps in held-out text",
-        *(
-            f"**{f.language}**\n\n- fresh parameters: {_line(_filled(f, f.before))}\n- trained: {_line(_filled(f, f.after))}"
-            f"\n- the text: {_line(_filled(f, f.truth))}"
-            for f in report.fill_ins
-        ),
-        "## Throughput and versions",
-        table(("", ""), facts(report)),
-        "## How to go on",
-        *(f"{purpose}:\n\n    {command}" for purpose, command in report.next_steps),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-SAMPLING_TEXT = (
-    "Characters: of training text. Rate: share of the examples. Tokens seen: source and target, special tokens included. "
-    "Epochs: how often the language's text was read at these rates; a pair counts for the language that is not English."
-)
-
-
-def bits_table(report: Report) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Columns and rows, the language won by most first. A column with ">" in front holds numbers."""
-    columns = ("language", "name", "script", ">bytes", ">trained", ">unigram", ">own unigram", ">fresh", ">gain", "")
-    ordered = sorted(report.languages, key=lambda row: row.trained / min(row.unigram, row.untrained))
-    return columns, [
-        [
-            row.code,
-            row.name,
-            row.script,
-            f"{row.bytes:,}",
-            f"{row.trained:.2f}",
-            f"{row.unigram:.2f}",
-            f"{row.own_unigram:.2f}",
-            f"{row.untrained:.2f}",
-            f"{1 - row.trained / min(row.unigram, row.untrained):+.0%}",
-            "" if row.won else "not won",
-        ]
-        for row in ordered
-    ]
-
-
-def sampling_table(report: Report) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Columns and rows, the largest rate first."""
-    columns = ("language", "name", "script", ">characters", ">rate", ">tokens seen", ">epochs")
-    ordered = sorted(report.languages, key=lambda row: (-row.rate, row.code))
-    return columns, [
-        [
-            row.code,
-            row.name,
-            row.script,
-            f"{row.characters:,}",
-            f"{row.rate:.2%}",
-            f"{row.tokens_seen:,}",
-            "–" if np.isnan(row.epochs) else f"{row.epochs:.2f}",
-        ]
-        for row in ordered
-    ]
-
-
-def facts(report: Report) -> list[list[str]]:
-    """(what, value) lines of the section on throughput."""
-    return [
-        ["training time", minutes(report.seconds)],
-        ["tokens", f"{report.tokens:,}"],
-        ["tokens per second", f"{report.tokens_per_second:,.0f}"],
-        ["steps per second", f"{report.steps / report.seconds:.2f}" if report.seconds else "–"],
-        ["machine", report.machine],
-        ["model", f"{report.model}, {report.parameters:,} parameters"],
-        *([name, version] for name, version in report.versions.items()),
-    ]
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; columns that start with ">" are right-aligned."""
-    head = "| " + " | ".join(c.removeprefix(">") for c in columns) + " |"
-    rule = "|" + "|".join("---:" if c.startswith(">") else "---" for c in columns) + "|"
-    return "\n".join([head, rule, *("| " + " | ".join(_line(cell) for cell in row) + " |" for row in rows)])
-
-
-def minutes(seconds: float) -> str:
-    """Seconds as "48 s", "7 min 5 s" or "3 h 20 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _filled(fill: FillIn, gaps: Sequence[str]) -> str:
-    parts = [fill.kept[0]]
-    for gap, kept in zip(gaps, fill.kept[1:], strict=True):
-        parts += [f"[{gap.strip()}]", kept]
-    return "".join(parts)
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|") or "(nothing)"
 
 
 def _number(value: float, digits: int = 4) -> float | None:

@@ -1,53 +1,58 @@
 """report.html: one file without references to anything outside it, readable by light and in the dark, and on paper."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from mlm.evaluation import report_plots as plots
-from mlm.evaluation.report import (
-    SAMPLING_TEXT,
-    FillIn,
-    LanguageRow,
-    Report,
-    bits_table,
-    facts,
-    minutes,
-    sampling_table,
-    summary,
-)
+from mlm.evaluation.report import FillIn, LanguageRow, Report
 from mlm.evaluation.report_plots import COLOURS, MUTED, Line, Point
+from mlm.evaluation.report_text import SAMPLING_TEXT, bits_table, facts, minutes, sampling_table, summary
 
 NAMED_LINES = 8  # languages with a colour of their own
 STYLE = """
-:root { --back:#fff; --text:#1c2024; --soft:#5b6570; --edge:#dde1e6; --panel:#f6f7f9; --muted:#9aa3ad; --good:#2b8a3e; --bad:#c92a2a;
+:root { --back:#fff; --text:#1c2024; --soft:#5b6570; --edge:#dde1e6; --panel:#f6f7f9; --muted:#9aa3ad;
+  --good:#2b8a3e; --bad:#c92a2a;
   --mark:#d3f0db; --wrong:#e9ecef; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --back:#15181c; --text:#e8eaed; --soft:#a3adb8; --edge:#333a42; --panel:#1d2126;
+@media (prefers-color-scheme: dark) { :root { --back:#15181c; --text:#e8eaed; --soft:#a3adb8; --edge:#333a42;
+  --panel:#1d2126;
   --muted:#6b7580; --good:#69db7c; --bad:#ff8787; --mark:#1f4d2c; --wrong:#343a41; } }
 * { box-sizing: border-box; }
 body { background: var(--back); color: var(--text); max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.75rem 0 .5rem; }
 p { margin: .5rem 0; } .note, figcaption { color: var(--soft); font-size: .875rem; }
-.verdict { display: inline-block; padding: .1rem .7rem; border-radius: 1rem; border: 1px solid; font-weight: 600; font-size: .875rem; }
+.verdict { display: inline-block; padding: .1rem .7rem; border-radius: 1rem; border: 1px solid; font-weight: 600;
+  font-size: .875rem; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: .75rem; margin: 1.25rem
+  0; }
 .tile { background: var(--panel); border: 1px solid var(--edge); border-radius: .5rem; padding: .6rem .8rem; }
-.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; line-height: 1.3; } .tile span { color: var(--soft); font-size: .8rem; }
+.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; line-height: 1.3; } .tile span {
+  color: var(--soft); font-size: .8rem; }
 figure { margin: 1rem 0; } svg.plot { width: 100%; height: auto; display: block; font-family: inherit; }
-.plot text { fill: var(--text); } .plot .tick, .plot .small { font-size: 12px; fill: var(--soft); } .plot .axis { font-size: 13px; }
-.plot .label { font-size: 12px; font-weight: 600; } .grid { stroke: var(--edge); fill: none; } .line { fill: none; stroke-width: 2; }
+.plot text { fill: var(--text); } .plot .tick, .plot .small { font-size: 12px; fill: var(--soft); } .plot .axis {
+  font-size: 13px; }
+.plot .label { font-size: 12px; font-weight: 600; } .grid { stroke: var(--edge); fill: none; } .line { fill: none;
+  stroke-width: 2; }
 .muted { fill: none; stroke-width: 1; opacity: .35; } .muted:hover, .line:hover { opacity: 1; stroke-width: 3; }
 .mark { fill: none; stroke: var(--soft); stroke-dasharray: 5 4; } .dot { fill-opacity: .85; stroke: var(--back); }
 .box { max-height: 34rem; overflow: auto; border: 1px solid var(--edge); border-radius: .5rem; margin: .75rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; } td, th { padding: .3rem .7rem; text-align: left; white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; } td, th { padding: .3rem .7rem; text-align:
+  left; white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--panel); border-bottom: 1px solid var(--edge); font-weight: 600; }
 .sort th { cursor: pointer; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 tbody tr + tr td { border-top: 1px solid var(--edge); } td:first-child { font-weight: 600; }
 .sample { border: 1px solid var(--edge); border-radius: .5rem; padding: .7rem .9rem; margin: .75rem 0; }
-.sample h3 { font-size: .875rem; margin: 0 0 .4rem; } .sample dl { display: grid; grid-template-columns: 8rem 1fr; gap: .3rem .8rem; margin: 0; }
-.sample dt { color: var(--soft); font-size: .8rem; padding-top: .15rem; } .sample dd { margin: 0; overflow-wrap: anywhere; }
-mark { background: var(--wrong); color: inherit; border-radius: .2rem; padding: 0 .2rem; } mark.yes { background: var(--mark); } i.none { color: var(--soft); }
-pre { background: var(--panel); border: 1px solid var(--edge); border-radius: .5rem; padding: .7rem .9rem; overflow: auto; font-size: .85rem; margin: .3rem 0 1rem; }
+.sample h3 { font-size: .875rem; margin: 0 0 .4rem; } .sample dl { display: grid; grid-template-columns: 8rem 1fr;
+  gap: .3rem .8rem; margin: 0; }
+.sample dt { color: var(--soft); font-size: .8rem; padding-top: .15rem; } .sample dd { margin: 0; overflow-wrap:
+  anywhere; }
+mark { background: var(--wrong); color: inherit; border-radius: .2rem; padding: 0 .2rem; } mark.yes { background:
+  var(--mark); } i.none { color: var(--soft); }
+pre { background: var(--panel); border: 1px solid var(--edge); border-radius: .5rem; padding: .7rem .9rem; overflow:
+  auto; font-size: .85rem; margin: .3rem 0 1rem; }
+@media (max-width: 40rem) { .tiles { grid-template-columns: repeat(2, 1fr); } }
 @media print { .box { max-height: none; overflow: visible; } }
 """
 # A click on a heading sorts by that column; numbers as numbers.
@@ -127,10 +132,11 @@ def _language_losses(report: Report) -> str:
         Line(report.names.get(code, code), points, named.get(code, MUTED), f"{code} {report.names.get(code, '')}")
         for code, points in curves.items()
     ]
+    windows = max(map(len, curves.values()), default=0)
     return _figure(
         plots.lines(series, x="step", y="training loss (nats per target token)"),
-        f"One line for each of {len(curves)} languages: the mean over its target tokens, denoised and translated, in "
-        f"{max(map(len, curves.values()), default=0)} windows of steps. Coloured: the most text in each of {len(named)} scripts. "
+        f"One line for each of {len(curves)} languages: the mean over its target tokens, denoised and translated, "
+        f"in {windows} windows of steps. Coloured: the most text in each of {len(named)} writing systems. "
         "Hover over a grey line for its language.",
     )
 
@@ -149,6 +155,7 @@ def _bits(report: Report) -> str:
             colours.get(row.script, MUTED),
         )
         for row in report.languages
+        if row.bytes
     ]
     legend = [(f"{script} ({report.scripts[script]})", colours[script]) for script in shown]
     if len(scripts) > len(shown):
@@ -161,10 +168,13 @@ def _bits(report: Report) -> str:
         diagonal="equal",
         legend=legend,
     )
-    caption = "One point for each language, coloured by script. Below the dashed line the trained model is better. Hover for numbers."
+    caption = (
+        "One point for each language, coloured by script. Below the dashed line the trained model is better. "
+        "Hover for numbers."
+    )
     text = (
-        f"{report.task} {report.told} Bytes: UTF-8, of the hidden text that was scored. Fresh: the same model before training. "
-        "Gain: bits saved against the better of fresh parameters and the mixture's unigram."
+        f"{report.task} {report.told} Bytes: UTF-8, of the hidden text that was scored. Fresh: the same model before "
+        "training. Gain: bits saved against the better of fresh parameters and the mixture's unigram."
     )
     return _figure(plot, caption) + f'<p class="note">{escape(text)}</p>' + _table(*bits_table(report))
 
@@ -174,11 +184,17 @@ def _translations(report: Report) -> str:
         return '<p class="nothing">The mixture holds no translation with held-out text.</p>'
     cards = []
     for t in report.translations:
-        lines = [(f"source ({t.source})", t.source, t.text), ("fresh parameters", t.target, t.before)]
+        lines: list[tuple[str, str, str]] = [
+            (f"source ({t.source})", t.source, t.text),
+            ("fresh parameters", t.target, t.before),
+        ]
         lines += [("trained", t.target, t.after), (f"reference ({t.target})", t.target, t.reference)]
-        name = lambda code: escape(report.names.get(code, code))  # noqa: E731
-        rows = "".join(f"<dt>{escape(what)}</dt>{_text(report, code, _clip(text))}" for what, code, text in lines)
-        cards.append(f'<div class="sample"><h3>{name(t.source)} → {name(t.target)}</h3><dl>{rows}</dl></div>')
+        way = " → ".join(report.names.get(code, code) for code in (t.source, t.target))
+        rows = "".join(
+            f"<dt>{escape(what)}</dt>{_text(report, code, _clip(text, 110 if what == 'fresh parameters' else 240))}"
+            for what, code, text in lines
+        )
+        cards.append(f'<div class="sample"><h3>{escape(way)}</h3><dl>{rows}</dl></div>')
     return '<p class="note">Greedy decoding.</p>' + "".join(cards)
 
 
@@ -207,18 +223,23 @@ def _throughput(report: Report) -> str:
 
 
 def prominent(rows: Sequence[LanguageRow], count: int) -> list[str]:
-    """Codes of the languages with the most text, one for each script, at most `count`."""
+    """Codes of at most `count` languages: of each writing system the one with the most text; those that most languages
+    use come first.
+    """
+    system = lambda row: "Han" if row.script in ("Hans", "Hant") else row.script  # noqa: E731
+    users = Counter(map(system, rows))
     best: dict[str, LanguageRow] = {}
     for row in sorted(rows, key=lambda row: (-row.characters, row.code)):
-        best.setdefault(row.script, row)
-    return [row.code for row in best.values()][:count]
+        best.setdefault(system(row), row)
+    ordered = sorted(best, key=lambda script: (-users[script], -best[script].characters))
+    return [best[script].code for script in ordered[:count]]
 
 
 def _marked(fill: FillIn, gaps: Sequence[str]) -> str:
     parts = [escape(fill.kept[0])]
     for gap, truth, kept in zip(gaps, fill.truth, fill.kept[1:], strict=True):
         right = ' class="yes"' if gap.strip() == truth.strip() else ""
-        parts += [f"<mark{right}>{escape(_clip(gap, 60)) or '∅'}</mark>", escape(kept)]
+        parts += [f"<mark{right}>{escape(_clip(gap, 60)) if gap.strip() else '∅'}</mark>", escape(kept)]
     return "".join(parts)
 
 

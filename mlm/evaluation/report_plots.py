@@ -112,7 +112,7 @@ def scatter(
         x0, y0, x1, y1 = frame.x(low), frame.y(low), frame.x(high), frame.y(high)
         parts.append(f'<path class="mark" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"/>')
         parts.append(
-            f'<text class="small" text-anchor="end" x="{x1 - 60:.1f}" y="{frame.y(high) + 14:.1f}">{escape(diagonal)}</text>'
+            f'<text class="small" text-anchor="end" x="{x1 - 60:.1f}" y="{y1 + 14:.1f}">{escape(diagonal)}</text>'
         )
     placed = [(frame.x(p.x), frame.y(p.y), p) for p in points]
     for a, b, point in sorted(placed, key=lambda entry: -entry[2].colour):

@@ -1,0 +1,97 @@
+"""What a report shows: held-out sentences translated, and gaps filled in, before and after training."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mlm.evaluation.report import FillIn, Translation
+
+GAPS_SHOWN = 4  # of a fill-in
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+
+
+def sample(
+    session: Any, fresh: Any, tasks: Sequence[str], codes: Sequence[str], split: str
+) -> tuple[list[Translation], list[FillIn]]:
+    """One held-out example a task of each of the languages, decoded by the trained and the fresh parameters."""
+    from mlm.data.languages import LANGUAGES
+    from mlm.data.once import examples_once
+    from mlm.data.recipes import Lengths
+    from mlm.session import Source
+
+    lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
+    names = _shown_tasks(tasks, [code for code in codes if code != "en"])
+    found = {n: es for n, es in examples_once(names, split, session.vocabulary, lengths, limit=50) if es}
+    examples = {name: _typical(session, found[name]) for name in names if name in found}
+    sources = [Source([int(token) for token in e.inputs], False) for e in examples.values()]
+    if not sources:
+        return [], []
+    before, after = ([best[0].text for best in model.decode(sources)] for model in (fresh, session))
+    translations, fill_ins = [], []
+    for example, *written in zip(examples.values(), before, after, strict=True):
+        text, reference = (session.vocabulary.decode(side.tolist()) for side in (example.inputs, example.targets))
+        source, target = LANGUAGES[example.inputs_language].code, LANGUAGES[example.language].code
+        if source != target:
+            tag = f"<2{target}>"
+            plain = [t.removeprefix(tag).strip() for t in (text, reference, *written)]
+            translations.append(Translation(source, target, *plain))
+        elif "<extra_id_0>" in text:
+            fill_ins.append(fill_in(target, text, reference, *written))
+    return translations, fill_ins
+
+
+def _shown_tasks(tasks: Sequence[str], codes: Iterable[str]) -> list[str]:
+    """For each language its first translation from English, into English, and its first task that hides text."""
+    from mlm.data.readers import is_unit_task
+    from mlm.data.registration import get
+
+    by_pair: dict[tuple[str, str], str] = {}
+    for name in tasks:
+        task = get(name)
+        if is_unit_task(task):
+            units = task.preprocessors[0]
+            if units.inputs_language != units.language or hiding_plan(name):
+                by_pair.setdefault((units.inputs_language, units.language), name)
+    wanted = [pair for code in codes for pair in (("en", code), (code, "en"), (code, code))]
+    return [by_pair[pair] for pair in wanted if pair in by_pair]
+
+
+def _typical(session: Any, examples: Sequence[Any]) -> Any:
+    """One that can be read at a glance, and whose pieces are whole characters (bytes of one may stand apart)."""
+
+    def distance(example: Any) -> tuple[bool, int]:
+        broken = any("\ufffd" in session.vocabulary.decode(side.tolist()) for side in example[:2])
+        return broken, abs(len(example.targets) - 16)
+
+    return min(examples, key=distance)
+
+
+def fill_in(language: str, text: str, truth: str, before: str, after: str) -> FillIn:
+    """The first gaps of a corrupted text, and what stands after the same sentinels in the targets and the predictions.
+
+    >>> fill_in("en", "A<extra_id_0> sat", "<extra_id_0> cat", "x", "<extra_id_0> dog<extra_id_1>").after
+    (' dog',)
+    """
+    parts = _SENTINEL.split(text)  # text, number, text, number, text
+    kept, numbers = parts[0::2], parts[1::2]
+    if len(numbers) > GAPS_SHOWN:
+        kept = [*kept[:GAPS_SHOWN], kept[GAPS_SHOWN].rstrip() + " …"]
+        numbers = numbers[:GAPS_SHOWN]
+
+    def gaps(written: str) -> tuple[str, ...]:
+        cut = _SENTINEL.split(written)
+        by_number = dict(zip(reversed(cut[1::2]), reversed(cut[2::2]), strict=True))  # the first of a repeated one
+        return tuple(by_number.get(number, "") for number in numbers)
+
+    return FillIn(language, tuple(kept), gaps(truth), gaps(before), gaps(after))
+
+
+def hiding_plan(name: str) -> str | None:
+    """How a task hides text, e.g. "span_corruption"; None for one that does not."""
+    from mlm.data.readers import is_unit_task
+    from mlm.data.recipes import Denoising
+    from mlm.data.registration import get
+
+    task = get(name)
+    examples = task.preprocessors[0].recipe.examples if is_unit_task(task) else None
+    return examples.plan if isinstance(examples, Denoising) else None
