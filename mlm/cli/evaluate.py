@@ -55,7 +55,7 @@ def show(step: int, split: str, results: dict[str, dict[str, Any]], languages: d
         )
     rows = [*languages.items()] + ([("all", totals(languages))] if len(languages) > 1 else [])
     screen.table(
-        "languages (loss: nats per target token; bits per byte: of the text, without special tokens)",
+        "languages (loss: nats per target token; bits per byte: of text alone)",
         ["language", ">tokens", ">loss", ">bytes", ">bits/byte"],
         [
             [

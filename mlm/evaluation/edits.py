@@ -46,7 +46,7 @@ def edit_scores(references: Sequence[tuple[str, str]], predictions: Sequence[str
     recall = true / (true + missed) if missed else 1.0
     both = BETA**2 * precision + recall
     f = (1 + BETA**2) * precision * recall / both if both else 0.0
-    return {"correction_f0.5": 100 * f, "correction_precision": 100 * precision, "correction_recall": 100 * recall}
+    return {"f0.5": 100 * f, "precision": 100 * precision, "recall": 100 * recall}
 
 
 def edits(source: str, target: str) -> set[Edit]:

@@ -12,14 +12,14 @@ import inspect
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from mlm.evaluation.edits import Correction, edit_scores
 from mlm.registry import Registry
 
-MetricFn = Callable[..., dict[str, float | str]]
+MetricFn = Callable[..., Mapping[str, float | str]]
 Answers = Sequence[str] | Sequence[Sequence[str]]  # one right answer per example, or several
 
 

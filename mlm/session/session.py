@@ -121,8 +121,9 @@ class Session:
 
         texts: or what `encode` made of them. ids: numbers of the texts, the source of their randomness.
         """
-        encoded = [text for text in texts if isinstance(text, Source)]
-        sources = [s.tokens for s in encoded or self.encode(texts, to, language_token=language_token)]
+        given = [texts] if isinstance(texts, str) else list(texts)
+        encoded = iter(self.encode([t for t in given if isinstance(t, str)], to, language_token=language_token))
+        sources = [(text if isinstance(text, Source) else next(encoded)).tokens for text in given]
         prompts = None
         if to is not None and language_token == "target":
             prompts = [[self.vocabulary.language_token(to)]] * len(sources)

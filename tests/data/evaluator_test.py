@@ -140,10 +140,10 @@ def test_a_forced_language_token_is_given_and_not_compared():
 
 
 def test_a_correction_knows_its_source():
-    assert evaluate("ev.correct", Oracle()).metrics["correction_f0.5"] == 100.0
+    assert evaluate("ev.correct", Oracle()).metrics["f0.5"] == 100.0
     # The four words of "ev.correct" that stay wrong are missed; nothing else is changed: F0.5 < 100.
     worse = evaluate("ev.correct", Oracle(wrong=("one two three",))).metrics
-    assert 0 < worse["correction_f0.5"] < 100
+    assert 0 < worse["f0.5"] < 100
 
 
 def test_the_registry_and_the_screen_are_left_as_they_were(caplog, capfd):

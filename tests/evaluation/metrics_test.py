@@ -130,12 +130,12 @@ def test_correction_golden():
     """
     references = [("She go to school .", "She goes to a school .")]
     half = edit_scores(references, ["She goes to the school ."])
-    assert half == pytest.approx({"correction_f0.5": 50, "correction_precision": 50, "correction_recall": 50})
-    assert edit_scores(references, ["She goes to school ."])["correction_f0.5"] == pytest.approx(100 * 5 / 6)
+    assert half == pytest.approx({"f0.5": 50, "precision": 50, "recall": 50})
+    assert edit_scores(references, ["She goes to school ."])["f0.5"] == pytest.approx(100 * 5 / 6)
 
 
 def test_nothing_to_correct_and_nothing_changed_is_perfect():
-    assert edit_scores([("Fine .", "Fine .")], ["Fine ."])["correction_f0.5"] == 100.0
+    assert edit_scores([("Fine .", "Fine .")], ["Fine ."])["f0.5"] == 100.0
 
 
 def test_the_source_travels_with_the_target():
