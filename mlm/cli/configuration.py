@@ -94,7 +94,7 @@ def explain(error: Exception) -> str:
             return f"{where}{missing}"
     if found := re.search(r"Failed to parse token '(.*)' \((.+), line (\d+)\)", text):
         return f"{found[2]}, line {found[3]}: {found[1]} is no value; text needs quotes, references @ or %"
-    if (found := re.search(r"missing \d+ required .*?arguments?: (.+)", text)) and (
+    if (found := re.search(r"missing \w+ required .*?arguments?: (.+)", text)) and (
         owner := re.search(r"configurable '([^']+)'", text)
     ):
         names = ", ".join(f"{owner[1]}.{name}" for name in re.findall(r"'(\w+)'", found[1]))

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from traceback import print_exc
 
 from mlm import __version__
 from mlm.registry import UnknownName, nearest
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(name: str, arguments: list[str], traceback: bool) -> int:
     """Runs the command; an expected error becomes one message and an exit code."""
+    sys.path.append(os.getcwd())  # where a user's own task modules lie; last, so that they hide nothing
     try:
         command = importlib.import_module(f"mlm.cli.{COMMANDS[name][0]}")
         return command.run(arguments) or 0
@@ -93,11 +95,11 @@ def guarded(name: str, arguments: list[str], traceback: bool) -> int:
         return 0
     except Exception as error:
         if traceback:
-            raise
+            print_exc()
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         kind = "" if isinstance(error, (ValueError, KeyError, RuntimeError, OSError)) else f"{type(error).__name__}: "
         print(f"mlm {name}: {kind}{text or type(error).__name__}", file=sys.stderr)
-        if kind:
+        if kind and not traceback:
             print("This is unexpected; run again with --traceback to see where it comes from.", file=sys.stderr)
         return 2 if isinstance(error, UsageError | UnknownName) else 1
 

@@ -14,10 +14,21 @@ T = TypeVar("T")
 LOG_SECONDS = 10.0  # a log file gets a line at most this often
 
 
+_silent = False
+
+
+def silence() -> None:
+    """Nothing of this module reaches the screen from now on: of several processes only one talks. Errors still do."""
+    global _silent
+    _silent = True
+
+
 def console(stderr: bool = False) -> Console:
     """A console that never wraps piped output."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=160)
+    made = Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=_silent)
+    if made.is_terminal:
+        return made
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=160, quiet=_silent)
 
 
 def duration(seconds: float) -> str:
@@ -124,4 +135,5 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 def say(text: str) -> None:
     """One line to the person at the screen, not to a pipe."""
-    print(text, file=sys.stderr)
+    if not _silent:
+        print(text, file=sys.stderr)

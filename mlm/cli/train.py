@@ -14,9 +14,13 @@ from mlm.cli.main import Failed, UsageError
 def run(arguments: list[str]) -> int:
     """Exit code 0: complete, or stopped on request with everything saved. 1: failed. 2: wrong configuration."""
     options = _parse(arguments)
+    import jax
+
     from mlm.parallel import initialize_distributed
 
     initialize_distributed()
+    if jax.process_index() > 0:
+        screen.silence()
     bind_all()
     resolved = configuration.resolve(options.gin_file, options.overrides)
     for change in resolved.changes:
@@ -173,7 +177,8 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
             screen.say(f"checkpoint {step} is damaged ({reason}); going back to step {restored.step}")
         state, start, extra = restored.state, restored.step, restored.extra
         rows.restore(restored.data_states)
-        screen.say(f"resuming {directory.path} at step {start}")
+        if start < plan.train.steps:
+            screen.say(f"resuming {directory.path} at step {start}")
     else:
         state, extra = trainer.init(), {}
     if jax.process_index() == 0:
@@ -184,10 +189,11 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         with (
             MetricWriter(directory.path, codes, start) as writer,
             screen.TrainingScreen(plan.train.steps, start) as observer,
+            Prefetcher(rows) as source,
         ):
             outcome = fit(
                 trainer,
-                Prefetcher(rows),
+                source,
                 checkpointer=checkpointer,
                 writer=writer,
                 observer=observer,
@@ -210,7 +216,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
     else:
         checkpointer.close()
         screen.say(f"{directory.path} is complete: {start} of {plan.train.steps} steps")
-    return _report(plan, directory)
+    return _report(plan, directory, plan.train.steps)
 
 
 def _command() -> list[str]:
@@ -315,13 +321,19 @@ def _describe_run(plan: Plan, directory: Any, trainer: Any, rows: Any, config_te
     )
 
 
-def _report(plan: Plan, directory: Any) -> int:
+def _report(plan: Plan, directory: Any, step: int) -> int:
+    """Writes the report, unless the one that is there is of this step."""
     if not plan.report:
         return 0
-    from mlm.cli.report import write_report
+    written = directory.read_json("report.json") if (directory / "report.json").exists() else {}
+    if written.get("steps") == step:
+        passed, text = written["passed"], f"{written['verdict']}\nreport: {directory / 'report.html'}"
+    else:
+        from mlm.cli.report import write_report
 
-    verdict = write_report(directory.path)
-    screen.say(verdict.text)
-    if not verdict.passed:
+        verdict = write_report(directory.path)
+        passed, text = verdict.passed, verdict.text
+    screen.say(text)
+    if not passed:
         raise Failed("the trained model does not beat its baselines; see the report")
     return 0

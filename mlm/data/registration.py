@@ -230,11 +230,23 @@ def _rates(mixture: seqio.Mixture) -> dict[str, float]:
 
 
 def load_tasks(*modules: str) -> None:
-    """Imports the shipped registrations (every module of `tasks`), and the modules that a user names."""
+    """Imports the shipped registrations (every module of `tasks`), and the modules that a user names.
+
+    Raises ValueError for a module that Python does not find.
+    """
     package = importlib.import_module("tasks")
-    shipped = [f"tasks.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
-    for module in (*shipped, *modules):
-        importlib.import_module(module)
+    for shipped in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"tasks.{shipped.name}")
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name not in (module, module.split(".")[0]):
+                raise
+            raise ValueError(
+                f"no Python module {module!r} to register tasks from: it must lie in the working directory or on "
+                "PYTHONPATH"
+            ) from error
 
 
 def get(name: str) -> seqio.Task | seqio.Mixture:
