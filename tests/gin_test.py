@@ -28,7 +28,9 @@ def resolve(name: str, *overrides: str) -> configuration.Resolved:
 
 
 def test_the_files_are_found():
-    assert PRETRAIN in RUNS and len(MODELS) >= 6 and len(MIXTURES) >= 2
+    assert PRETRAIN in RUNS
+    assert len(MODELS) >= 6
+    assert len(MIXTURES) >= 2
     assert sorted({name.split("/")[1] for name in FILES}) == ["mixtures", "models", "objectives", "runs"]
 
 
@@ -37,8 +39,11 @@ def test_a_run_file_is_a_plan(name):
     """resolve() refuses unused and undefined macros, required values without one, and values of the wrong type."""
     text = resolve(name).text
     plan = train._plan()
-    assert plan.data.mixture and plan.train.steps > 0 and plan.run_dir
-    assert float(plan.schedule(0)) >= 0 and float(plan.schedule(plan.train.steps)) >= 0
+    assert plan.data.mixture
+    assert plan.train.steps > 0
+    assert plan.run_dir
+    assert float(plan.schedule(0)) >= 0
+    assert float(plan.schedule(plan.train.steps)) >= 0
     assert "%gin.REQUIRED" not in text
 
 
@@ -74,14 +79,19 @@ def test_a_file_says_what_it_is(name):
     lines = (ROOT.parent / name).read_text().splitlines()
     assert lines[0].startswith("# what:")
     if name != PRETRAIN:
-        assert "cost:" in lines[1] and "result:" in lines[1]
+        assert "cost:" in lines[1]
+        assert "result:" in lines[1]
 
 
 def test_the_quickstart_has_its_own_optimizer_and_schedule():
     """The run file comes last and wins over the base file that it includes."""
     text = resolve("gin/runs/quickstart.gin").text
-    assert "optimizer.name = 'adamw_rms'" in text and "optimizer.name = 'adafactor'" not in text
+    assert "optimizer.name = 'adamw_rms'" in text
+    assert "optimizer.name = 'adafactor'" not in text
     plan = train._plan()
-    assert plan.report and plan.data.mixture == "quickstart" and plan.model.vocab_size == 8192
+    assert plan.report
+    assert plan.data.mixture == "quickstart"
+    assert plan.model.vocab_size == 8192
     rates = jax.vmap(plan.schedule)(jax.numpy.arange(plan.train.steps))
-    assert rates.argmax() < plan.train.steps / 4 and rates[-1] < rates.max() / 5
+    assert rates.argmax() < plan.train.steps / 4
+    assert rates[-1] < rates.max() / 5

@@ -1,4 +1,4 @@
-"""gin at the edge: later files win, the command line wins over files, and every mistake is one line with the nearest."""
+"""gin at the edge: later files win, the command line wins over files, every mistake is one line with what is nearest."""
 
 import pytest
 
@@ -44,7 +44,8 @@ def test_steps_and_run_dir_are_part_of_the_configuration():
     overrides = options("--steps", "7", "--run_dir", "7")
     resolved = configuration.resolve([RUN], overrides)
     assert set(resolved.changes) == {"train.steps: 1000 -> 7", "run.run_dir: 'runs/quickstart' -> '7'"}
-    assert "train.steps = 7" in resolved.text and "run.run_dir = '7'" in resolved.text
+    assert "train.steps = 7" in resolved.text
+    assert "run.run_dir = '7'" in resolved.text
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,8 @@ def test_a_wrong_file_is_one_line_with_its_place(tmp_path, content, message):
     (tmp_path / "wrong.gin").write_text(content + "\n")
     with pytest.raises(UsageError) as error:
         configuration.resolve([RUN, str(tmp_path / "wrong.gin")], [])
-    assert message in str(error.value) and "wrong.gin" in str(error.value)
+    assert message in str(error.value)
+    assert "wrong.gin" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -169,7 +171,8 @@ def test_what_a_value_means_is_checked_when_the_plan_is_made(override, message):
     with pytest.raises((ValueError, KeyError, TypeError)) as error:
         plan(overrides=(override,))
     assert message in configuration.explain(error.value)
-    assert "\n" not in configuration.explain(error.value) and "In call to" not in configuration.explain(error.value)
+    assert "\n" not in configuration.explain(error.value)
+    assert "In call to" not in configuration.explain(error.value)
 
 
 def test_a_configuration_without_a_run_says_what_is_missing():
