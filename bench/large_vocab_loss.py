@@ -4,8 +4,9 @@
 
 456 target tokens (4 x 114), D = 512, float32: loss and gradients of the hidden states and of the kernel, the same
 numbers from every peer. "cpu" counts the seconds of all threads, which other programs disturb less than the clock.
-"of 6BHV" is 6 x tokens x D x V operations at the speed of the logits' matrix product, measured in the same run, over the
-time taken, both in cpu seconds. "temporary" is what XLA allocates beside inputs and outputs; the gradients are outputs.
+"of 6BHV" is the time of 6 x tokens x D x V operations at the speed of the logits' matrix product, measured in the same
+run, over the time taken, both in cpu seconds. "temporary" is what XLA allocates beside inputs and outputs; the
+gradients are outputs.
 """
 
 import argparse
