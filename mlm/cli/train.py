@@ -156,9 +156,10 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         with screen.working("preparing the data …"):
             load_tasks(*plan.task_modules)
             rows = BatchIterator(data, layout.index, layout.count)
+            held_out = _held_out(plan, data, layout)
         _check_vocabulary(plan, rows.vocabulary)
-    except (ValueError, KeyError) as error:
-        raise UsageError(str(error.args[0]) if error.args else str(error)) from error
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise UsageError(str(error.args[0]) if isinstance(error, KeyError) else str(error)) from error
 
     count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract.params))
     screen.say(f"model: {count:,} parameters; mesh: {describe(mesh)['summary']}; data: {data.mixture}")
@@ -202,7 +203,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
                 state=state,
                 start=start,
                 schedule=plan.schedule,
-                evaluations={plan.evaluation_split: lambda: _held_out(plan, data, layout)},
+                evaluations={plan.evaluation_split: held_out},
                 language_info=_language_info(rows),
                 flops_per_step=training_flops(plan.model, data.batch_size, data.inputs_length, data.targets_length),
                 peak_flops=peak_flops(),
@@ -252,14 +253,23 @@ def _check_vocabulary(plan: Plan, vocabulary: Any) -> None:
         )
 
 
-def _held_out(plan: Plan, data: Any, layout: Any) -> Iterator[Mapping[str, Any]]:
-    """The same held-out rows at every evaluation, in any number of processes."""
+def _held_out(plan: Plan, data: Any, layout: Any) -> Callable[[], Iterator[Mapping[str, Any]]]:
+    """A function that gives the same held-out rows at every evaluation, in any number of processes.
+
+    Raises ValueError when no task has the split.
+    """
     from mlm.data.pipeline import BatchIterator
 
     config = dataclasses.replace(data, split=plan.evaluation_split, seed=0, stages=(), steps=None)
     batches = BatchIterator(config, layout.index, layout.count)
-    for _ in range(max(1, plan.evaluation_rows // data.batch_size)):
-        yield next(batches)
+    beginning = batches.state()
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        batches.restore(beginning)
+        for _ in range(max(1, plan.evaluation_rows // data.batch_size)):
+            yield next(batches)
+
+    return rows
 
 
 def _language_info(rows: Any) -> dict[int, dict[str, float]]:
@@ -283,7 +293,7 @@ def _compiled_memory(trainer: Any, rows: Any) -> str:
     if analysis is None:
         return "memory unknown on this platform"
     size = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    return f"{screen.amount(size)}B per device"
+    return f"{screen.amount(float(size))}B per device"
 
 
 def _describe_run(plan: Plan, directory: Any, trainer: Any, rows: Any, config_text: str, start: int) -> None:

@@ -1,4 +1,4 @@
-"""gin at the edge: later files win, the command line wins over files, every mistake is one line with what is nearest."""
+"""gin at the edge: later files win, the command line wins over files, a mistake is one line with what is nearest."""
 
 import pytest
 
