@@ -10,6 +10,7 @@ from typing import Any
 from mlm.cli import screen, tasks
 from mlm.cli.main import UsageError
 
+WIDTH = 100  # of the table
 CAP = 4.0  # epochs; repeating text more often than four times is worth less and less (Muennighoff et al. 2023)
 
 
@@ -81,7 +82,7 @@ def as_json(mixture: str, budget: float, vocabulary: Any, rows: Sequence[Any]) -
     return {"mixture": mixture, "budget": budget, "vocabulary": vocabulary.digest, "total": total(rows), "rows": plain}
 
 
-def total(rows: Sequence[Any]) -> dict[str, float]:
+def total(rows: Sequence[Any]) -> dict[str, Any]:
     """Sums over the rows, the number of scripts, and the span of rates and epochs."""
     epochs = [row.epochs for row in rows if not math.isnan(row.epochs)]
     return {
@@ -95,48 +96,50 @@ def total(rows: Sequence[Any]) -> dict[str, float]:
         "epochs": sum(row.expected_tokens for row in rows if row.tokens) / max(sum(row.tokens for row in rows), 1),
         "largest_rate": max(row.rate for row in rows),
         "smallest_rate": min(row.rate for row in rows),
-        "most_epochs": max(epochs, default=math.nan) if epochs else None,
+        "most_epochs": max(epochs, default=None),
     }
 
 
 def _print(options: argparse.Namespace, rows: Sequence[Any], counted_in: str) -> None:
-    first = "task" if options.by_task else "code"
-    columns = [
-        first,
-        *([] if options.by_task else ["language"]),
-        "script",
-        ">tasks",
-        ">examples",
-        ">characters",
-        ">tokens",
-    ]
-    columns += [">rate", ">expected", ">epochs"]
     sums = total(rows)
-    lines = [
+    numbers = [
         [
-            row.name,
-            *([] if options.by_task else [_short(row.title)]),
-            row.script,
-            row.tasks,
-            *map(screen.amount, (row.examples, row.characters, row.tokens)),
+            *map(_amount, (row.examples, row.characters, row.tokens)),
             f"{row.rate:.3%}",
             screen.amount(row.expected_tokens),
             "?" if math.isnan(row.epochs) else f"{row.epochs:.2f}{'!' if row.epochs > options.cap else ' '}",
         ]
         for row in rows
     ]
-    last = ["all", *([] if options.by_task else [str(sums["rows"])]), str(sums["scripts"]), sums["tasks"]]
-    last += [*map(screen.amount, (sums["examples"], sums["characters"], sums["tokens"])), f"{sums['rate']:.1%}"]
-    last += [screen.amount(sums["expected_tokens"]), f"{sums['epochs']:.2f} "]
-    title = f"{options.mixture} at {screen.amount(options.budget)} tokens of text; tokens: {counted_in}"
-    screen.table(title, columns, [*lines, last])
+    last = [*map(_amount, (sums["examples"], sums["characters"], sums["tokens"])), f"{sums['rate']:.1%}"]
+    last += [screen.amount(sums["expected_tokens"]), f"{sums['epochs']:.2f} " if sums["tokens"] else "?"]
+    heads = ["examples", "characters", "tokens", "rate", "expected", "epochs"]
+    names = [[row.name, row.script, row.title] for row in rows]
+    used = sum(2 + max(map(len, column)) for column in zip(heads, last, *numbers, strict=True))
+    used += 2 + max(len(name) for name, _, _ in names) + 2 + len("script")
+    room = max(8, WIDTH - used)
+    screen.table(
+        f"{options.mixture} at {screen.amount(options.budget)} tokens of text; tokens: {counted_in}",
+        ["task" if options.by_task else "code", "language", "script", *(f">{head}" for head in heads)],
+        [
+            *(
+                [name, _short(title, room), script, *line]
+                for (name, script, title), line in zip(names, numbers, strict=True)
+            ),
+            ["all", str(sums["rows"]), str(sums["scripts"]), *last],
+        ],
+    )
     screen.say(
-        f"{sums['rows']} {'tasks' if options.by_task else 'languages'} in {sums['scripts']} scripts; rates from "
+        f"{sums['rows']} {'tasks' if options.by_task else 'languages'}, scripts: {sums['scripts']}, rates from "
         f"{sums['smallest_rate']:.3%} to {sums['largest_rate']:.3%}"
     )
 
 
-def _short(text: str, letters: int = 18) -> str:
+def _amount(count: int) -> str:
+    return screen.amount(float(count)) if count else "?"
+
+
+def _short(text: str, letters: int) -> str:
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
@@ -148,7 +151,8 @@ def draw(path: Path, rows: Sequence[Any], mixture: str, budget: float, cap: floa
     from matplotlib import pyplot
 
     known = [row for row in rows if row.characters]
-    figure, panels = pyplot.subplots(2, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    panels = (above, below)
     share = sum(row.characters for row in known) or 1
     for panel, values, label in (
         (panels[0], [100 * row.rate for row in known], "share of examples (%)"),

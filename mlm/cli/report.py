@@ -119,6 +119,7 @@ def measure(run_dir: Path) -> Report:
             "tokens of the same language only."
         ),
         held_out=split,
+        names={language.code: language.name for language in LANGUAGES},
         directions={language.code: language.direction for language in LANGUAGES},
         next_steps=_next_steps(run_dir, session),
     )

@@ -56,10 +56,8 @@ def load_tasks(modules: Sequence[str]) -> None:
 
         try:
             registration.load_tasks(*modules)
-        except ModuleNotFoundError as error:
-            if error.name not in {module.split(".")[0] for module in modules} | set(modules):
-                raise
-            raise UsageError(f"--module: no Python module named {error.name!r} can be imported from here") from error
+        except ValueError as error:
+            raise UsageError(f"--module: {error}") from error
 
 
 def load_vocabulary(name: str | None) -> Any:

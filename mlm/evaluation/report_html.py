@@ -275,7 +275,7 @@ def _clip(text: str, letters: int = 240) -> str:
     return text if len(text) <= letters else text[:letters] + " …"
 
 
-def _short(value: float) -> str:
+def _short(value: int | float) -> str:
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"

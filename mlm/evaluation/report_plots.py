@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+Number = int | float
+
 WIDTH, HEIGHT = 860, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 14, 50
 COLOURS = ("#2b6cb0", "#d9480f", "#2f9e44", "#ae3ec9", "#e67700", "#0c8599", "#c2255c", "#5f3dc4")  # then grey
@@ -24,7 +26,7 @@ class Line:
     """points: (x, y), x rising. colour: of COLOURS, or MUTED: thin and grey, without a label."""
 
     label: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[Number, Number]]
     colour: int = 0
     tip: str = ""
     dots: bool = False
@@ -34,15 +36,15 @@ class Line:
 class Point:
     """label: written beside the point where there is room."""
 
-    x: float
-    y: float
+    x: Number
+    y: Number
     label: str
     tip: str
     colour: int = MUTED
 
 
 def lines(
-    series: Sequence[Line], *, x: str, y: str, zero: bool = False, marks: Sequence[tuple[float, str]] = ()
+    series: Sequence[Line], *, x: str, y: str, zero: bool = False, marks: Sequence[tuple[Number, str]] = ()
 ) -> str:
     """Lines over a common x axis; coloured ones carry their label at the right end. marks: (y, text) of dashed levels.
 
@@ -129,22 +131,27 @@ class _Frame:
     """Data to picture coordinates, and the two axes."""
 
     def __init__(
-        self, across: tuple[float, float], up: tuple[float, float], room: float, top: float = TOP, height: int = HEIGHT
+        self,
+        across: tuple[Number, Number],
+        up: tuple[Number, Number],
+        room: Number,
+        top: Number = TOP,
+        height: int = HEIGHT,
     ):
         self.left, self.right, self.top, self.bottom = LEFT, WIDTH - room, top, height - BOTTOM
         self._across, self.x_ticks = _scale(*across)
         self._up, self.y_ticks = _scale(*up)
 
     @property
-    def span(self) -> tuple[float, float]:
+    def span(self) -> tuple[Number, Number]:
         """Values that both axes reach."""
         return max(self._across[0], self._up[0]), min(self._across[1], self._up[1])
 
-    def x(self, value: float) -> float:
+    def x(self, value: Number) -> float:
         low, high = self._across
         return self.left + (value - low) / (high - low) * (self.right - self.left)
 
-    def y(self, value: float) -> float:
+    def y(self, value: Number) -> float:
         low, high = self._up
         return self.bottom - (value - low) / (high - low) * (self.bottom - self.top)
 
@@ -172,7 +179,7 @@ class _Frame:
         return "".join(parts)
 
 
-def _scale(low: float, high: float) -> tuple[tuple[float, float], list[float]]:
+def _scale(low: Number, high: Number) -> tuple[tuple[Number, Number], list[Number]]:
     """The span of an axis and its ticks at multiples of 1, 2 or 5 · 10^n; ticks reach beyond the data."""
     if high - low < 1e-9 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
@@ -183,15 +190,15 @@ def _scale(low: float, high: float) -> tuple[tuple[float, float], list[float]]:
     return (first * step, last * step), [n * step for n in range(first, last + 1)]
 
 
-def _tick(value: float) -> str:
+def _tick(value: Number) -> str:
     if abs(value) >= 1e5:
         return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
     return f"{value:,.10g}" if abs(value) >= 1e-6 else "0"
 
 
-def _apart(places: Sequence[float], top: float, bottom: float) -> list[float]:
+def _apart(places: Sequence[Number], top: Number, bottom: Number) -> list[Number]:
     """Rising places, moved so that neighbours are a line apart and none leaves the frame."""
-    moved: list[float] = []
+    moved: list[Number] = []
     for place in places:
         moved.append(max(place, moved[-1] + LINE if moved else top))
     limit = bottom
@@ -201,7 +208,7 @@ def _apart(places: Sequence[float], top: float, bottom: float) -> list[float]:
     return moved
 
 
-def _labels(placed: Sequence[tuple[float, float, Point]], frame: _Frame) -> list[tuple[float, float, Point]]:
+def _labels(placed: Sequence[tuple[Number, Number, Point]], frame: _Frame) -> list[tuple[Number, Number, Point]]:
     """(left, baseline, point) of the labels that cover neither a point nor another label; loneliest points first."""
     boxes = [(a - 5, b - 5, a + 5, b + 5) for a, b, _ in placed]
     free: Callable = lambda box: all(  # noqa: E731

@@ -41,7 +41,7 @@ def to_markdown(report: Report) -> str:
         "Nats per target token; the training loss is the mean since the line before in metrics.jsonl.",
         table(
             (">step", ">train", f">{report.held_out}"),
-            ([f"{step:,}", f"{losses[step]:.3f}" if step in losses else "", near(step)] for step in steps),
+            ([f"{step:,.0f}", f"{losses[step]:.3f}" if step in losses else "", near(step)] for step in steps),
         ),
         "## Bits per byte of held-out text",
         f"{report.task} {report.told}",
@@ -125,7 +125,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; columns that start with ">" are right-aligned."""
     head = "| " + " | ".join(c.removeprefix(">") for c in columns) + " |"
     rule = "|" + "|".join("---:" if c.startswith(">") else "---" for c in columns) + "|"
-    return "\n".join([head, rule, *("| " + " | ".join(_line(cell) for cell in row) + " |" for row in rows)])
+    return "\n".join([head, rule, *("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)])
 
 
 def minutes(seconds: float) -> str:
@@ -150,4 +150,8 @@ def _shown(value: float, form: str = ".2f") -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|") or "(nothing)"
+    return _cell(text) or "(nothing)"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
