@@ -63,7 +63,7 @@ class RunDirectory:
         return self.write(name, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """Raises CheckpointError when the file is missing or not JSON: then this is no run directory, or a damaged one."""
+        """Raises CheckpointError when the file is missing or not JSON: no run directory, or a damaged one."""
         path = self.path / name
         try:
             return json.loads(path.read_text())

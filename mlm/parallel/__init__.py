@@ -3,7 +3,7 @@
 from mlm.parallel.batches import DataLayout, batch_sharding, data_layout, global_batch, prefetch
 from mlm.parallel.distributed import initialize_distributed, preempted
 from mlm.parallel.mesh import MeshConfig, describe, make_mesh
-from mlm.parallel.rules import RULES, check_sizes, constrain, optimizer_axes, parameter_table, shardings, spec
+from mlm.parallel.rules import RULES, check_sizes, constrain, parameter_table, shardings, spec
 
 __all__ = [
     "RULES",
@@ -17,7 +17,6 @@ __all__ = [
     "global_batch",
     "initialize_distributed",
     "make_mesh",
-    "optimizer_axes",
     "parameter_table",
     "preempted",
     "prefetch",

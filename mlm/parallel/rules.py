@@ -79,35 +79,6 @@ def shardings(shapes: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = RULES) ->
     return map_named(place, shapes, _aligned(shapes, axes))
 
 
-def optimizer_axes(state: PyTree, params: PyTree, axes: PyTree) -> PyTree:
-    """Logical axes of an optimizer state, from those of the parameters: same tree as `state`.
-
-    A leaf belongs to the parameter whose path ends its own path (`0/mu/encoder/mlp/in` to `encoder/mlp/in`). With
-    the parameter's shape it takes its axes; with one dimension less (factored moments) it drops that dimension's
-    name; every other leaf (counters, placeholders) is whole on every device.
-    """
-    known: dict[str, tuple[tuple[int, ...], Axes]] = {}
-    map_named(
-        lambda name, leaf, names: known.update({name: (tuple(leaf.shape), names)}), params, _aligned(params, axes)
-    )
-
-    def match(name: str, leaf) -> Axes:
-        parts = name.split("/")
-        owner = next((o for i in range(len(parts)) if (o := "/".join(parts[i:])) in known), None)
-        whole: Axes = (None,) * len(leaf.shape)
-        if owner is None:
-            return whole
-        shape, logical = known[owner]
-        if tuple(leaf.shape) == shape:
-            return logical
-        for drop in reversed(range(len(shape))):
-            if tuple(leaf.shape) == shape[:drop] + shape[drop + 1 :]:
-                return logical[:drop] + logical[drop + 1 :]
-        return whole
-
-    return map_named(match, state)
-
-
 def constrain(mesh: Mesh, rules: Rules = RULES) -> Constrain:
     """A function (array, logical axes) -> array that pins an activation to the mesh. On one device it does nothing.
 

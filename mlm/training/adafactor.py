@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,8 @@ def adafactor(
                 column.append(None)
                 full.append(jnp.zeros(leaf.shape, jnp.float32))
         momentum = None if beta1 is None else jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        return AdafactorState(jnp.zeros((), jnp.int32), *(tree.unflatten(x) for x in (row, column, full)), momentum)
+        rows, columns, fulls = (tree.unflatten(x) for x in (row, column, full))
+        return AdafactorState(jnp.zeros((), jnp.int32), rows, columns, fulls, momentum)
 
     def update(gradients: PyTree, state: AdafactorState, params: PyTree = None) -> tuple[PyTree, AdafactorState]:
         if params is None:
@@ -117,7 +118,7 @@ def adafactor(
             return beta2 * old + (1.0 - beta2) * new
 
         gradients, row, column, full = (tree.flatten_up_to(x) for x in (gradients, state.row, state.column, state.full))
-        momentum = [None] * len(leaves) if beta1 is None else tree.flatten_up_to(state.momentum)
+        momentum: list[Any] = [None] * len(leaves) if beta1 is None else tree.flatten_up_to(state.momentum)
         updates = []
         for i, (p, axes) in enumerate(zip(leaves, find_axes(params), strict=True)):
             view = matrix_view(axes)
@@ -143,9 +144,9 @@ def adafactor(
             if beta1 is not None:
                 u = momentum[i] = beta1 * momentum[i] + (1.0 - beta1) * u
             updates.append((-u - weight_decay * p32 if weight_decay else -u).astype(p.dtype))
-        trees = (tree.unflatten(x) for x in (row, column, full))
+        rows, columns, fulls = (tree.unflatten(x) for x in (row, column, full))
         kept = None if beta1 is None else tree.unflatten(momentum)
-        return tree.unflatten(updates), AdafactorState(state.count + 1, *trees, kept)
+        return tree.unflatten(updates), AdafactorState(state.count + 1, rows, columns, fulls, kept)
 
     return optax.GradientTransformation(init, update)
 

@@ -8,7 +8,7 @@ equals unstacked.
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ from jaxtyping import Array
 from mlm.registry import Registry, nearest
 from mlm.training.adafactor import FindAxes, adafactor, matrix_view, root_mean_square
 from mlm.trees import mask, named_leaves
-from mlm.types import PyTree
+from mlm.types import Axes, PyTree
 
-Transformation = optax.GradientTransformation
+Transformation: TypeAlias = optax.GradientTransformation
 Factory = Callable[..., Transformation]  # (learning rate or schedule, FindAxes, **options)
 
 
@@ -205,7 +205,7 @@ def state_axes(optimizer: Transformation, shapes: PyTree, axes: PyTree) -> PyTre
             "the optimizer's state changes its form with the sizes of the parameters; cannot name its axes"
         )
     names = find(shapes)
-    result = []
+    result: list[Axes] = []
     for (path, leaf), like in zip(flat, probed, strict=True):
         owner = _owner(tuple(path), owners)
         if owner is None:

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 from mlm.models.config import ModelConfig
 from mlm.models.transformer import Transformer
 from mlm.objectives import OBJECTIVES, Loss
-from mlm.parallel import check_sizes, constrain, optimizer_axes, shardings
+from mlm.parallel import check_sizes, constrain, shardings
 from mlm.registry import nearest
+from mlm.training.optimizers import state_axes
 from mlm.training.state import TrainState, init_state
 from mlm.training.step import Metrics, evaluation_step, train_step
 from mlm.types import Batch, Params, PyTree
@@ -71,7 +72,7 @@ class Trainer:
         abstract = jax.eval_shape(self._fresh, self._key)
         scalar = NamedSharding(mesh, P())
         parameters = shardings(shapes, axes, mesh)
-        moments = shardings(abstract.optimizer, optimizer_axes(abstract.optimizer, shapes, axes), mesh)
+        moments = shardings(abstract.optimizer, state_axes(self.optimizer, shapes, axes), mesh)
         self.shardings = TrainState(scalar, scalar, parameters, moments, parameters if train.ema_decay else None)
         self.abstract = jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, self.shardings

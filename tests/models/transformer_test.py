@@ -1,4 +1,4 @@
-"""The transformer equals a NumPy reference, looks at nothing it must not, and gives the same numbers however it is run."""
+"""The transformer equals a NumPy reference, looks at nothing it must not, and runs every way to the same numbers."""
 
 import dataclasses
 
@@ -225,7 +225,8 @@ def test_tied_head_is_the_scaled_input_table():
 def test_bfloat16_compute_keeps_float32_masters_and_close_logits(params):
     model = Transformer(dataclasses.replace(SMALL, dtype="bfloat16"))
     logits = logits_of(model, params, batch_of(ROWS))
-    assert logits.dtype == jnp.float32 and model(params, batch_of(ROWS)).hidden.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
+    assert model(params, batch_of(ROWS)).hidden.dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     np.testing.assert_allclose(logits, logits_of(Transformer(SMALL), params, batch_of(ROWS)), atol=0.1)
 

@@ -1,13 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mlm.parallel import MeshConfig, check_sizes, constrain, make_mesh, optimizer_axes, parameter_table, shardings
+from mlm.parallel import MeshConfig, check_sizes, constrain, make_mesh, parameter_table, shardings
 from mlm.parallel.rules import RULES, spec
-from mlm.trees import named_leaves
 
 SHAPES = {
     "embed": {"table": jax.ShapeDtypeStruct((64, 16), jnp.float32)},
@@ -89,35 +87,6 @@ def test_sizes_are_checked_before_anything_exists(mesh):
     with pytest.raises(ValueError, match=r"batch=6 does not divide over data=2 × fsdp=2 \(4 parts\).* 4 or 8") as info:
         check_sizes(mesh, batch=6, heads=3)
     assert "heads=3 does not divide over tensor=2 (2 parts); nearest sizes that do: 2 or 4" in str(info.value)
-
-
-def test_optimizer_state_follows_the_parameters(mesh):
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    state = jax.eval_shape(optimizer.init, SHAPES)
-    axes = optimizer_axes(state, SHAPES, AXES)
-    placed = shardings(state, axes, mesh)
-    wanted = {name: sharding.spec for name, sharding in named_leaves(shardings(SHAPES, AXES, mesh))}
-    found = {name: sharding.spec for name, sharding in named_leaves(placed)}
-    moments = [name for name in found if "/mu/" in name or "/nu/" in name]
-    assert len(moments) == 2 * len(wanted)
-    for name in moments:
-        assert found[name] == wanted[name.split("/mu/")[-1].split("/nu/")[-1]]
-    assert all(found[name] == P() for name in found if name.endswith("count"))
-
-
-def test_factored_moments_drop_the_axis_they_average_over():
-    params = {"wi": jax.ShapeDtypeStruct((3, 16, 32), jnp.float32), "scale": jax.ShapeDtypeStruct((5,), jnp.float32)}
-    axes = {"wi": ("layers", "embed", "mlp"), "scale": ("embed",)}
-    state = {
-        "row": {"wi": jax.ShapeDtypeStruct((3, 16), jnp.float32), "scale": jax.ShapeDtypeStruct((1,), jnp.float32)},
-        "column": {"wi": jax.ShapeDtypeStruct((3, 32), jnp.float32), "scale": jax.ShapeDtypeStruct((1,), jnp.float32)},
-        "count": jax.ShapeDtypeStruct((), jnp.int32),
-    }
-    assert optimizer_axes(state, params, axes) == {
-        "row": {"wi": ("layers", "embed"), "scale": (None,)},
-        "column": {"wi": ("layers", "mlp"), "scale": (None,)},
-        "count": (),
-    }
 
 
 def test_constrained_activations_keep_values_and_take_the_sharding(mesh):

@@ -9,7 +9,7 @@ import pytest
 from mlm.models.presets import t5_style
 from mlm.models.transformer import Transformer
 from mlm.parallel import MeshConfig, global_batch, make_mesh
-from mlm.training.optimizers import make_optimizer
+from mlm.training.optimizers import OPTIMIZERS, make_optimizer
 from mlm.training.state import init_state
 from mlm.training.step import accumulate, train_step
 from mlm.training.trainer import TrainConfig, Trainer, make_loss
@@ -67,6 +67,16 @@ def test_any_mesh_gives_the_numbers_of_one_device(sizes):
     got, metrics = one_step(batch, mesh=make_mesh(MeshConfig(**sizes)))
     assert_same(got.params, want.params)
     assert_same(metrics["loss"], want_metrics["loss"])
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_gives_the_numbers_of_one_device(name):
+    """Statistics over whole matrices must not become statistics over a device's part of them."""
+    optimizer = make_optimizer(name, learning_rate=0.05)
+    batch = rows_of([[e] for e in examples(8)])
+    want, _ = one_step(batch, optimizer=optimizer)
+    got, _ = one_step(batch, optimizer=optimizer, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    assert_same(got.params, want.params, rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_and_moments_are_split_over_the_mesh():
