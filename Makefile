@@ -12,8 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 define install
 	@uv=$$(command -v uv || ls $(BIN)/uv 2>/dev/null); \
 	echo "make: installing $(1) with $${uv:-pip}"; \
-	if [ -n "$$uv" ]; then $$uv pip install $(if $(CI),--quiet) --python $(BIN)/python -e "$(1)"; \
-	else $(BIN)/python -m pip install $(if $(CI),--quiet) -e "$(1)"; fi
+	{ [ -n "$$uv" ] && $$uv pip install $(if $(CI),--quiet) --python $(BIN)/python -e "$(1)"; } || \
+		$(BIN)/python -m pip install $(if $(CI),--quiet) -e "$(1)"
 endef
 ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
