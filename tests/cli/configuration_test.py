@@ -1,5 +1,7 @@
 """gin at the edge: later files win, the command line wins over files, a mistake is one line with what is nearest."""
 
+import re
+
 import pytest
 
 from mlm.cli import configuration, train
@@ -34,7 +36,8 @@ def options(*arguments: str) -> list[str]:
 def test_an_override_in_every_spelling(spelling):
     overrides = options(*spelling)
     resolved = configuration.resolve([RUN], overrides)
-    assert resolved.changes == ("data.batch_size: 32 -> 64",)
+    (change,) = resolved.changes
+    assert re.fullmatch(r"data.batch_size: \d+ -> 64", change)
     assert train._plan().data.batch_size == 64
     assert "data.batch_size = 64" in resolved.text
 
@@ -43,7 +46,8 @@ def test_steps_and_run_dir_are_part_of_the_configuration():
     """So config.gin in the run directory says them too."""
     overrides = options("--steps", "7", "--run_dir", "7")
     resolved = configuration.resolve([RUN], overrides)
-    assert set(resolved.changes) == {"train.steps: 1000 -> 7", "run.run_dir: 'runs/quickstart' -> '7'"}
+    assert "run.run_dir: 'runs/quickstart' -> '7'" in resolved.changes
+    assert any(re.fullmatch(r"train.steps: \d+ -> 7", change) for change in resolved.changes)
     assert "train.steps = 7" in resolved.text
     assert "run.run_dir = '7'" in resolved.text
 
@@ -74,7 +78,7 @@ def test_later_files_win(tmp_path):
     (tmp_path / "two.gin").write_text("data.seed = 2\n")
     made = plan(RUN, str(tmp_path / "one.gin"), str(tmp_path / "two.gin"))
     assert (made.data.batch_size, made.data.seed) == (8, 2)
-    assert plan(RUN).data.batch_size == 32  # nothing is left over from before
+    assert plan(RUN).data.seed == 0  # nothing is left over from before
 
 
 def test_includes_are_found_beside_the_file_here_or_among_the_shipped(tmp_path, monkeypatch, caplog):
@@ -158,7 +162,7 @@ def test_missing_files_and_values(files, message):
     [
         ("preset.name=mt5_smal", "no model preset named 'mt5_smal'; did you mean 'mt5_small'"),
         ("optimizer.name=adamm", "no optimizer named 'adamm'; did you mean 'adamw'"),
-        ("optimizer.b3=0.9", "optimizer 'adamw_rms' has no option 'b3'; known: b1, b2, "),
+        ("optimizer.decay_exponnt=0.9", "has no option 'decay_exponnt'; did you mean 'decay_exponent'?"),
         ("schedule.name=cosin", "no schedule named 'cosin'; did you mean 'cosine'"),
         ("train.on_nonfinite=stp", "did you mean 'stop'"),
         ("mesh.fsdp=0", "mesh axis fsdp=0"),
