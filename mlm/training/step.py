@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Key
 
 from mlm.objectives import Loss
+from mlm.training.optimizers import ema
 from mlm.training.state import TrainState, stream
 from mlm.types import Batch, Params
 
@@ -41,12 +42,10 @@ def train_step(
 
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        ema = jax.tree.map(lambda mean, new: ema_decay * mean + (1.0 - ema_decay) * new, ema, params)
-    params, moments, ema = jax.tree.map(
+    average = None if state.ema is None else ema(state.ema, params, ema_decay)
+    params, moments, average = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        (params, moments, ema),
+        (params, moments, average),
         (state.params, state.optimizer, state.ema),
     )
     skipped = state.skipped + jnp.where(finite, 0, 1)
@@ -58,7 +57,7 @@ def train_step(
         "finite": finite,
         "skipped": skipped,
     }
-    return TrainState(state.step + 1, skipped, params, moments, ema), metrics
+    return TrainState(state.step + 1, skipped, params, moments, average), metrics
 
 
 def accumulate(

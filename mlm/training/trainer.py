@@ -1,11 +1,10 @@
 """The one place that knows both the step and the mesh: shardings, donation and `jax.jit` are applied here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,7 +16,7 @@ from mlm.parallel import check_sizes, constrain, shardings
 from mlm.registry import nearest
 from mlm.training.optimizers import state_axes
 from mlm.training.state import TrainState, init_state
-from mlm.training.step import Metrics, evaluation_step, train_step
+from mlm.training.step import evaluation_step, train_step
 from mlm.types import Batch, Params, PyTree
 
 NONFINITE = ("stop", "skip")
@@ -101,21 +100,6 @@ class Trainer:
         if rows % parts:
             raise ValueError(f"batch_size={rows} does not divide into microbatches={parts}; use a multiple of {parts}")
         check_sizes(self.mesh, batch=rows // parts)
-
-    def evaluate(self, params: Params, batches: Iterator[Batch]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Metrics summed over the batches: name -> (sum, weight) in float64."""
-        totals: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for batch in batches:
-            add_metrics(totals, self.evaluate_batch(params, batch))
-        return totals
-
-
-def add_metrics(totals: dict, metrics: Metrics) -> None:
-    """Adds every (sum, weight) metric to `totals`, on the host, in float64."""
-    for name, value in jax.device_get(metrics).items():
-        if isinstance(value, tuple):
-            old = totals.get(name, (0.0, 0.0))
-            totals[name] = tuple(o + np.asarray(v, np.float64) for o, v in zip(old, value, strict=True))
 
 
 def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mesh | None = None) -> Callable[..., Loss]:
