@@ -202,7 +202,7 @@ def _token_counts(session: Any) -> tuple[dict[int, np.ndarray], float]:
         seen = 0
         while seen < TOKENS_COUNTED:
             batch = next(rows)
-            for side in (_inputs_as_targets(batch), _inputs_as_targets(batch)):
+            for side in (batch, _inputs_as_targets(batch)):
                 seen += int(np.count_nonzero(side["decoder_target_tokens"]))
                 yield side
 
@@ -219,7 +219,7 @@ def _inputs_as_targets(batch: Batch) -> Batch:
     inputs = batch["encoder_input_tokens"]
     return {
         "decoder_target_tokens": inputs,
-        "decoder_language_ids": batch["encoder_language_ids"] * 0 + 1,
+        "decoder_language_ids": batch["encoder_language_ids"],
         "decoder_loss_weights": inputs > 0,
     }
 
