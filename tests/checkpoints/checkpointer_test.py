@@ -162,7 +162,7 @@ def truncate(directory: Path):
 
 
 def flip_bytes(directory: Path):
-    """At three places: what stands between the arrays of a file may not matter, and its place depends on the writing."""
+    """At three places: what stands between the arrays of a file may not matter."""
     path = largest_array_file(directory)
     content = bytearray(path.read_bytes())
     for quarter in (1, 2, 3):
