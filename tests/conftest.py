@@ -49,9 +49,7 @@ def tiny_run(tmp_path_factory) -> Path:
     config = t5_style(vocab_size=vocabulary.vocab_size, d_model=16, d_ff=32, heads=2, head_dim=8, layers=(1, 1))
     run.write_json("model.json", to_json(config))
     data = {"mixture": "tiny.all", "inputs_length": 48, "targets_length": 24, "task_modules": []}
-    run.write_json(
-        "data.json", {**data, "vocabulary": "vocabulary.json", "vocabulary_digest": vocabulary.digest}
-    )
+    run.write_json("data.json", {**data, "vocabulary": "vocabulary.json", "vocabulary_digest": vocabulary.digest})
     params = Transformer(config).init(jax.random.key(1))
     with Checkpointer(str(run.checkpoints), CheckpointConfig(keep=2, best_metric="validation/loss")) as checkpointer:
         extra = {"tokens_seen": {"1": 10}}

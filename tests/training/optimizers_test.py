@@ -187,7 +187,7 @@ def test_frozen_parameters_keep_every_bit_and_take_no_memory(name):
 
 
 def test_clipping_is_by_the_norm_of_all_gradients():
-    """sqrt(3^2 + 4^2) = 5, clipped to 1: a fifth. Adam's first moment after one step is (1 - 0.9) of what reached it."""
+    """sqrt(3^2 + 4^2) = 5, clipped to 1: a fifth. Adam's first moment after a step is 0.1 of it."""
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     optimizer = build("adamw", params, {"a": ("embed",), "b": ("embed",)}, clip_norm=1.0)
     _, state = optimizer.update({"a": jnp.array([3.0]), "b": jnp.array([-4.0])}, optimizer.init(params), params)
