@@ -1,3 +1,5 @@
+"""Sums and descriptions of a checkpoint's arrays: the formula, on any device and sharding."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,3 +1,5 @@
+"""Rows of processes become global batches, in order, on time, and refused when they do not divide."""
+
 import jax
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""How the environment says how many processes there are."""
+
 import pytest
 
 from mlm.parallel.distributed import detect, initialize_distributed, preempted

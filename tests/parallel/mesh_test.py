@@ -1,3 +1,5 @@
+"""Mesh sizes: what fits, what does not, and what would."""
+
 import json
 
 import jax

@@ -1,3 +1,5 @@
+"""Logical axes to mesh axes: one table, no silent replica, sizes checked before anything exists."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
