@@ -86,12 +86,17 @@ def adamw(model: Any, learning_rate: float, weight_decay: float) -> Any:
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def training_step(model: Any, optimizer: Any, bfloat16: bool = False) -> Callable[[dict[str, np.ndarray]], float]:
+def training_step(
+    model: Any, optimizer: Any, *, bfloat16: bool = False, compiled: bool = False
+) -> Callable[[dict[str, np.ndarray]], float]:
     """step(batch of `mlm.types.ROW_FEATURES`, not packed) -> mean loss per target token in nats, before the update.
 
-    bfloat16: matrix products in that type under autocast.
+    bfloat16: matrix products in that type under autocast. compiled: through `torch.compile`.
     """
     import torch
+
+    if compiled:
+        model = torch.compile(model)
 
     def step(batch: dict[str, np.ndarray]) -> float:
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
