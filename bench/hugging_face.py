@@ -7,6 +7,8 @@ import numpy as np
 
 from mlm.models.config import ModelConfig
 
+Batch = dict[str, np.ndarray]  # mlm.types.ROW_FEATURES, one example a row
+
 # Ours -> Hugging Face, inside one layer: sublayer, its matrices, and the two names of its attention or feed-forward.
 ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 FEED_FORWARD = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
@@ -88,8 +90,8 @@ def adamw(model: Any, learning_rate: float, weight_decay: float) -> Any:
 
 def training_step(
     model: Any, optimizer: Any, *, bfloat16: bool = False, compiled: bool = False
-) -> Callable[[dict[str, np.ndarray]], float]:
-    """step(batch of `mlm.types.ROW_FEATURES`, not packed) -> mean loss per target token in nats, before the update.
+) -> Callable[[Batch], float]:
+    """step(batch) -> mean loss per target token in nats, before the update.
 
     bfloat16: matrix products in that type under autocast. compiled: through `torch.compile`.
     """
@@ -98,21 +100,36 @@ def training_step(
     if compiled:
         model = torch.compile(model)
 
-    def step(batch: dict[str, np.ndarray]) -> float:
-        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-        weights = tensors["decoder_loss_weights"]
-        full = bool((tensors["encoder_segment_ids"] > 0).all())
+    def step(batch: Batch) -> float:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-            loss = model(
-                input_ids=tensors["encoder_input_tokens"],
-                attention_mask=None if full else tensors["encoder_segment_ids"],
-                decoder_input_ids=tensors["decoder_input_tokens"],
-                labels=torch.where(weights > 0, tensors["decoder_target_tokens"].long(), -100),
-                use_cache=False,
-            ).loss
+            loss = model(**_inputs(batch)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
     return step
+
+
+def mean_loss(model: Any, batches: list[Batch]) -> float:
+    """Loss per target token over all batches, in nats."""
+    import torch
+
+    weights = [float(batch["decoder_loss_weights"].sum()) for batch in batches]
+    with torch.no_grad():
+        losses = [float(model(**_inputs(batch)).loss) for batch in batches]
+    return float(np.average(losses, weights=weights))
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    import torch
+
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+    weights, segments = tensors["decoder_loss_weights"], tensors["encoder_segment_ids"]
+    return {
+        "input_ids": tensors["encoder_input_tokens"],
+        "attention_mask": None if bool((segments > 0).all()) else segments,
+        "decoder_input_ids": tensors["decoder_input_tokens"],
+        "labels": torch.where(weights > 0, tensors["decoder_target_tokens"].long(), -100),
+        "use_cache": False,
+    }

@@ -24,6 +24,13 @@ def pin_threads(count: int) -> int:
     return len(cores)
 
 
+def huge_pages() -> None:
+    """Starts this program once more with large arrays in huge pages, as `mlm train` does, and so for every peer."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def measure(peers: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, dict[str, float]]:
     """Per peer the median wall and processor seconds of `repeats` calls, after one call to warm up.
 
@@ -67,6 +74,7 @@ def environment(*packages: str) -> dict[str, str]:
         "processor": model,
         "threads": str(len(os.sched_getaffinity(0))),
         "load": f"{os.getloadavg()[0]:.1f}",
+        **({"memory": os.environ["GLIBC_TUNABLES"]} if "GLIBC_TUNABLES" in os.environ else {}),
         **versions,
     }
 
