@@ -24,11 +24,12 @@ def silence() -> None:
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that never wraps piped output."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=_silent)
-    if made.is_terminal:
-        return made
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=160, quiet=_silent)
+    """A console that never wraps piped output. Only a real terminal counts as one: notebooks set FORCE_COLOR, and rich
+    would take a pipe for a terminal.
+    """
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    width = None if terminal else 160
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, force_terminal=terminal, width=width, quiet=_silent)
 
 
 def duration(seconds: float) -> str:
