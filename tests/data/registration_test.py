@@ -180,11 +180,11 @@ def test_errors_name_what_is_near():
 def test_loading_names_modules_of_the_user(tmp_path, monkeypatch):
     (tmp_path / "my_registrations.py").write_text(
         "import mlm.data.registration as r, mlm.data.sources as s\n"
-        "r.add_denoising_tasks('mine', {'sw': s.TableSource(lambda split: {'text': [b'a']}, ('text',))})\n"
+        "r.add_denoising_tasks('users', {'sw': s.TableSource(lambda split: {'text': [b'a']}, ('text',))})\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     load_tasks("my_registrations")
-    assert "mine.denoise.sw" in seqio.TaskRegistry.names()
+    assert "users.denoise.sw" in seqio.TaskRegistry.names()
     assert "quickstart" in seqio.MixtureRegistry.names()
 
 
