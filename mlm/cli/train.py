@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,9 +174,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
     checkpointer = Checkpointer(str(directory.checkpoints), plan.checkpoints)
     start = checkpointer.latest() or 0
     if start:
-        restored = checkpointer.restore(None, trainer.abstract)
-        for step, reason in restored.skipped:
-            screen.say(f"checkpoint {step} is damaged ({reason}); going back to step {restored.step}")
+        restored = _restore(checkpointer, trainer.abstract)
         state, start, extra = restored.state, restored.step, restored.extra
         rows.restore(restored.data_states)
         if start < plan.train.steps:
@@ -218,6 +217,19 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         checkpointer.close()
         screen.say(f"{directory.path} is complete: {start} of {plan.train.steps} steps")
     return _report(plan, directory, plan.train.steps)
+
+
+def _restore(checkpointer: Any, abstract: Any) -> Any:
+    """The newest intact checkpoint. Damaged ones are said on the screen, and not in the log as well."""
+    logger = logging.getLogger("mlm.checkpoints.checkpointer")
+    logger.disabled = True
+    try:
+        restored = checkpointer.restore(None, abstract)
+    finally:
+        logger.disabled = False
+    for step, reason in restored.skipped:
+        screen.say(f"checkpoint {step} is damaged ({reason}) and now called {step}.corrupt; using step {restored.step}")
+    return restored
 
 
 def _command() -> list[str]:
