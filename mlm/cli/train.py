@@ -285,15 +285,24 @@ def _held_out(plan: Plan, data: Any, layout: Any) -> Callable[[], Iterator[Mappi
 
 
 def _language_info(rows: Any) -> dict[int, dict[str, float]]:
-    """language id -> {"rate": share of drawn examples} at the start of the run."""
+    """language id -> {"rate": share of drawn examples at the start of the run, "epoch_tokens": tokens of one pass}.
+
+    Tokens seen hold sentinels and ends as well: epochs made of them are about a tenth too high for span corruption.
+    """
+    from mlm.data.languages import language_id
+    from mlm.data.readers import is_unit_task
     from mlm.data.registration import get, owner
+    from mlm.data.statistics import pass_tokens
 
     info: dict[int, dict[str, float]] = {}
-    from mlm.data.languages import language_id
-
-    for task, rate in zip(rows.tasks, rows.rates.at(0), strict=True):
-        index = language_id(owner(get(task)))
-        info.setdefault(index, {"rate": 0.0})["rate"] += float(rate)
+    for task, rate in zip(map(get, rows.tasks), rows.rates.at(0), strict=True):
+        if is_unit_task(task):
+            known = info.setdefault(language_id(owner(task)), {"rate": 0.0})
+            known["rate"] += float(rate)
+    for mixture in dict.fromkeys(name for _, name in rows.config.stages or ((0, rows.config.mixture),)):
+        for index, tokens in pass_tokens(mixture, rows.vocabulary).items():
+            known = info.setdefault(index, {"rate": 0.0})
+            known["epoch_tokens"] = max(known.get("epoch_tokens", 0.0), float(tokens))
     return info
 
 

@@ -51,6 +51,34 @@ def task_counts(name: str, split: str = "train", vocabulary: Vocabulary | None =
     )
 
 
+def pass_tokens(name: str, vocabulary: Vocabulary, split: str = "train") -> dict[int, int]:
+    """Language id -> tokens of one pass over a mixture's text, each column counted for the language it is in.
+
+    Text that several tasks read counts for each of them. Published datasets count as their table says; languages of
+    unknown size are left out.
+    """
+    found: dict[int, int] = {}
+    for task_name in mixture_rates(name):
+        task = get(task_name)
+        if not is_unit_task(task):
+            continue
+        units = task.preprocessors[0]
+        target, source = units.language_ids
+        if isinstance(task.source, TableSource):
+            table = task.source.table(split)
+            sizes = [
+                (source if side == "inputs" else target, _column_counts(table[column], vocabulary).tokens)
+                for side, column in units.columns
+            ]
+        else:
+            sizes = [(target, task_counts(task_name, split).tokens)]
+        for language, tokens in sizes:
+            if tokens:
+                found[language] = found.get(language, 0) + tokens
+    _cache().save()
+    return found
+
+
 def _column_counts(texts: Sequence[bytes], vocabulary: Vocabulary | None) -> Counts:
     cache = _cache()
     key = _hash(texts)

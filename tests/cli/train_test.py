@@ -142,7 +142,16 @@ def test_metrics_have_a_line_for_each_logged_step_and_evaluation(finished):
     last = [r for r in records if r["kind"] == "train"][-1]["languages"]["fr"]
     assert last["tokens_seen"] > last["tokens"] > 0
     assert last["rate"] == 1
+    assert last["epochs"] == pytest.approx(last["tokens_seen"] / one_pass(), abs=1e-6)
     assert state_of(finished, 6)[2] == {str(k): v for k, v in {french(): last["tokens_seen"]}.items()}
+
+
+def one_pass() -> int:
+    """Tokens of the French sentences of Tatoeba."""
+    from mlm.data.statistics import task_counts
+    from mlm.data.vocabulary import load_vocabulary
+
+    return task_counts("tatoeba.denoise.fr", vocabulary=load_vocabulary("quickstart")).tokens
 
 
 def french() -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlm.data import statistics
+from mlm.data.languages import language_id
 from mlm.data.recipes import Lengths
 from mlm.data.registration import (
     add_denoising_tasks,
@@ -15,7 +16,7 @@ from mlm.data.registration import (
     register_mixture,
 )
 from mlm.data.sources import TableSource
-from mlm.data.statistics import Counts, inspect_task, mixture_table, task_counts
+from mlm.data.statistics import Counts, inspect_task, mixture_table, pass_tokens, task_counts
 from mlm.sampling import proportional
 
 LENGTHS = Lengths(48, 40)
@@ -50,6 +51,12 @@ def test_sizes_by_hand(mixture, cache):
     assert task_counts("st.denoise.th", vocabulary=vocabulary) == Counts(*THAI, tokens=THAI[2])
     both = [a + b for a, b in zip(THAI, ENGLISH, strict=True)]
     assert task_counts("st.translate.en.th", vocabulary=vocabulary) == Counts(50, both[1], both[2], tokens=both[2])
+
+
+def test_one_pass_counts_each_column_for_its_language(mixture, cache):
+    """Thai is denoised and stands on both sides of the translations, English too."""
+    found = pass_tokens("st.all", default_vocabulary())
+    assert found == {language_id("th"): 3 * THAI[2], language_id("en"): 3 * ENGLISH[2]}
 
 
 def test_they_are_counted_once_and_kept(mixture, cache, monkeypatch):
