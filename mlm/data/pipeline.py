@@ -30,8 +30,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mlm.data.batching import Example, Packer, Rows, arrays_to_rows, rows_to_arrays
-from mlm.data.readers import Place, Reader, fetch, make_reader
-from mlm.data.recipes import Lengths
+from mlm.data.readers import Place, Reader, fetch, is_unit_task, make_reader
+from mlm.data.recipes import Denoising, Lengths
 from mlm.data.registration import default_vocabulary, get, mixture_rates
 from mlm.data.tensorflow import seqio
 from mlm.data.vocabulary import Vocabulary, load_vocabulary
@@ -105,6 +105,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         self.vocabulary = config.load_vocabulary()
         self.rates = Rates(config)
         self.tasks = self.rates.tasks
+        _check_lengths(self.tasks, self.vocabulary, config.lengths)
         self.batch = 0
         local = config.shards // process_count
         self._shards = [_Shard(self, s) for s in range(process_index * local, (process_index + 1) * local)]
@@ -142,6 +143,14 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         for shard in self._shards:
             self.batch = shard.restore(states[shard.number])
         return self
+
+
+def _check_lengths(tasks: Sequence[str], vocabulary: Vocabulary, lengths: Lengths) -> None:
+    """Raises ValueError when what a task hides does not fit into its targets; later TensorFlow would say so."""
+    providers = [seqio.TaskRegistry.get(name) for name in tasks]
+    for rule in {p.preprocessors[0].recipe.examples for p in providers if is_unit_task(p)}:
+        if isinstance(rule, Denoising):
+            rule.fit(vocabulary, lengths)
 
 
 class Rates:

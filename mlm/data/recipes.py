@@ -186,8 +186,12 @@ class Denoising:
     plan: str
     options: tuple[tuple[str, object], ...] = ()
 
+    def fit(self, vocabulary: Vocabulary, lengths: Lengths):
+        """The plan for these lengths. Raises ValueError when its targets do not fit."""
+        return PLANS[self.plan](vocabulary, *lengths, **dict(self.options))
+
     def __call__(self, unit, seed, vocabulary: Vocabulary, lengths: Lengths) -> dict[str, tf.RaggedTensor]:
-        plan = PLANS[self.plan](vocabulary, *lengths, **dict(self.options))
+        plan = self.fit(vocabulary, lengths)
         texts = clean(unit["text"])
         if not plan.eos:  # nothing marks the end of a document, so that a space must
             texts = tf.strings.reduce_join(texts, separator=" ")[None]

@@ -219,6 +219,7 @@ def one_line(screen: str) -> str:
         ("MIXTURE=tatoeba.denoise.fra", "no task or mixture named 'tatoeba.denoise.fra'; did you mean"),
         ("data.vocabulary=nowhere.model", "nowhere.model"),
         ("data.shards=3", "batch_size=8 rows do not divide over shards=3"),
+        ("data.targets_length=5", "raise targets_length to"),
         ("run.evaluation_split=validaton", "no task of tatoeba.denoise.fr has a split 'validaton'"),
     ],
 )
