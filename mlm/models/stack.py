@@ -84,8 +84,10 @@ class Layer(nnx.Module):
                 # Beams of one source share its keys: fold them into the query axis instead of copying keys.
                 k, v = cache[name]["key"], cache[name]["value"]
                 q = body.queries(h)
-                folded = q.reshape(k.shape[0], -1, *q.shape[2:])
-                y = body.output(attend(folded, k, v, view.memory_mask).reshape(q.shape))
+                beams = q.reshape(k.shape[0], -1, *q.shape[1:])
+                folded = jnp.swapaxes(beams, 1, 2).reshape(*k.shape[:2], -1, k.shape[3])
+                attended = attend(folded, k, v, view.memory_mask).reshape(jnp.swapaxes(beams, 1, 2).shape)
+                y = body.output(jnp.swapaxes(attended, 1, 2).reshape(q.shape))
             x = x + y
         return x, cache
 
