@@ -22,12 +22,30 @@ SUBLAYERS = {
 def t5(config: ModelConfig, params: dict[str, Any], attention: str, threads: int) -> Any:
     """`T5ForConditionalGeneration` in training mode, dropout 0, holding `params`. attention: "sdpa" or "eager"."""
     import torch
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import T5ForConditionalGeneration
 
     torch.set_num_threads(threads)
+    theirs = t5_config(config)
+    theirs._attn_implementation = attention
+    model = T5ForConditionalGeneration(theirs)
+    # Release 5 ties the head to the input table, whatever the configuration says; T5 1.1 has two matrices.
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    named = dict(weights(config, params))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(named.pop(name)))
+    if named:
+        raise ValueError(f"Hugging Face's T5 has no place for {sorted(named)}")
+    return model.train()
+
+
+def t5_config(config: ModelConfig) -> Any:
+    """Their configuration of the same model, dropout 0."""
+    from transformers import T5Config
+
     sublayers = config.decoder.group[0].sublayers
     own, ffn = sublayers[0], sublayers[-1]
-    theirs = T5Config(
+    return T5Config(
         vocab_size=config.vocab_size,
         d_model=config.d_model,
         d_kv=own.head_dim,
@@ -43,20 +61,9 @@ def t5(config: ModelConfig, params: dict[str, Any], attention: str, threads: int
         decoder_start_token_id=0,
         use_cache=False,
     )
-    theirs._attn_implementation = attention
-    model = T5ForConditionalGeneration(theirs)
-    # Release 5 ties the head to the input table, whatever the configuration says; T5 1.1 has two matrices.
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    weights = dict(_weights(config, params))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(weights.pop(name)))
-    if weights:
-        raise ValueError(f"Hugging Face's T5 has no place for {sorted(weights)}")
-    return model.train()
 
 
-def _weights(config: ModelConfig, params: dict[str, Any]):
+def weights(config: ModelConfig, params: dict[str, Any]):
     """(their name, matrix as they store it: outputs x inputs) of every parameter."""
     host = {"embedding": np.array(params["embedding"]), "head": np.array(params["head"])}
     yield "shared.weight", host["embedding"]

@@ -4,14 +4,17 @@ Import this before numpy, jax or torch: `pin_threads` sets what they read when t
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from traceback import format_exc
 from typing import Any
 
 
@@ -31,23 +34,80 @@ def huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def measure(peers: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, dict[str, float]]:
-    """Per peer the median wall and processor seconds of `repeats` calls, after one call to warm up.
+class Peer:
+    """A peer alone in a process, as in use: frameworks that share one disturb each other's memory and threads.
 
-    Peers take turns, so that a busy moment of the machine falls on all of them. Each must return only when its work is
-    done. Processor seconds (all threads) tell how much of the wall time was spent waiting for other programs.
+    make(*arguments) -> (call, facts) runs there, in a fresh Python that imports make's module; then this object is
+    `call`, and `facts` what make told about it. Both must be picklable. Raises RuntimeError with the trace from there.
+    """
+
+    def __init__(self, make: Callable[..., tuple[Callable, Any]], *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.facts = self._receive()
+
+    def __call__(self, *arguments: Any) -> Any:
+        self._pipe.send(arguments)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            failed, result, self.processor_seconds = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"a peer's process ended with exit code {self._process.exitcode}") from None
+        if failed:
+            raise RuntimeError(f"a peer failed:\n{result}")
+        return result
+
+
+def _serve(pipe: Any, make: Callable[..., tuple[Callable, Any]], arguments: tuple) -> None:
+    def send(work):
+        start = time.process_time()
+        try:
+            failed, result = False, work()
+        except Exception:
+            failed, result = True, format_exc()
+        pipe.send((failed, result, time.process_time() - start))
+
+    call = None
+
+    def start():
+        nonlocal call
+        call, facts = make(*arguments)
+        return facts
+
+    send(start)
+    while call is not None:
+        try:
+            given = pipe.recv()
+        except EOFError:  # nobody asks any more
+            return
+        send(partial(call, *given))
+
+
+def measure(peers: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, dict[str, float]]:
+    """Per peer the median wall and processor seconds of `repeats` calls.
+
+    Peers take turns, so that a busy moment of the machine falls on all of them. A turn is one call that warms up and
+    one that is timed: while the others have theirs, a virtual machine takes free memory back, and to get it again
+    costs as much as a second per gigabyte. A call must return only when its work is done. Processor seconds (all
+    threads, of the process that works) tell how much of the wall time was spent waiting for other programs.
     """
     wall: dict[str, list[float]] = {name: [] for name in peers}
     processor: dict[str, list[float]] = {name: [] for name in peers}
-    for turn in range(repeats + 1):
+    for turn in range(repeats):
         for name, call in peers.items():
+            call()
             start, busy = time.perf_counter(), time.process_time()
             call()
-            if turn:
-                wall[name].append(time.perf_counter() - start)
-                processor[name].append(time.process_time() - busy)
+            wall[name].append(time.perf_counter() - start)
+            processor[name].append(call.processor_seconds if isinstance(call, Peer) else time.process_time() - busy)
             if sys.stderr.isatty():
-                print(f"\r{turn}/{repeats} {name:40s}", end="", file=sys.stderr, flush=True)
+                print(f"\r{turn + 1}/{repeats} {name:40s}", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\r" + " " * 50 + "\r", end="", file=sys.stderr)
     return {
