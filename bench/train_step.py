@@ -89,7 +89,7 @@ def jax_peer(config: ModelConfig, batch: Batch, flax: str | None = None) -> tupl
         mine, loss = flax_t5.t5(config, jax.device_get(params))
     else:
         mine = plain_port.parameters(config, jax.device_get(params))
-        loss = partial(plain_port.loss, heads=config.encoder.heads)
+        loss = partial(plain_port.loss, heads=config.encoder.attentions()[0].heads)
     del params
     decayed = jax.tree.map(lambda x: x.ndim > 1, mine)
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY, mask=decayed)

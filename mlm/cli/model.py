@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 from mlm.cli import screen
 
@@ -33,18 +34,36 @@ def run(arguments: list[str]) -> None:
         return
     parts = [(name, f"{count:,}", f"{count / record['parameters']:.1%}") for name, count in record["parts"].items()]
     screen.table(f"{options.preset}: {record['parameters']:,} parameters", ("part", ">parameters", ">share"), parts)
-    for side in ("encoder", "decoder"):
-        stack = record["plan"][side]
-        layer = " → ".join(
-            f"{s['source']}-attention {s['heads']}×{s['head_dim']}"
-            if "source" in s
-            else f"{s['activation']} {s['d_ff']}"
-            for spec in stack["group"]
-            for s in spec["sublayers"]
-        )
-        print(f"{side}: {stack['repeats'] * len(stack['group'])} layers of {layer}")
+    for name, stack in PRESETS[options.preset]().stacks().items():
+        print(f"{name}: {stack.layers} layers, {_norms(stack)}")
+        for number, layer in enumerate(stack.group):
+            which = "every layer" if len(stack.group) == 1 else f"layers {number}, {number + len(stack.group)}, …"
+            print(f"  {which}: {' → '.join(map(_sublayer, layer.sublayers))}")
     flops = record["training_flops_per_sequence"]
     print(f"training: {screen.amount(flops)}FLOP per sequence of 512 source and 114 target tokens")
+
+
+def _norms(stack: Any) -> str:
+    order, kind = stack.residual.order, {"rms": "RMS norm", "layer": "LayerNorm"}[stack.norm.kind]
+    where = {"pre": "before", "post": "after", "sandwich": "before and after"}[order]
+    return f"{kind} {where} each sublayer" + (
+        "" if stack.residual.alpha == 1 else f", alpha {stack.residual.alpha:.3f}"
+    )
+
+
+def _sublayer(spec: Any) -> str:
+    from mlm.models.config import FFNSpec
+
+    if isinstance(spec, FFNSpec):
+        return f"{spec.activation} {spec.d_ff}"
+    text = f"{spec.source}-attention {spec.heads}×{spec.head_dim}"
+    if spec.key_heads != spec.heads:
+        text += f" over {spec.key_heads}"
+    details = [] if spec.position.kind == "none" else [spec.position.kind.replace("_", " ")]
+    details += [f"window {spec.window}"] if spec.window else []
+    details += [f"cap {spec.softcap:g}"] if spec.softcap else []
+    details += [f"{spec.qk_norm.replace('_', ' ')} q, k"] if spec.qk_norm != "none" else []
+    return f"{text} ({', '.join(details)})" if details else text
 
 
 def _record(name: str) -> dict:
@@ -60,7 +79,7 @@ def _record(name: str) -> dict:
         "parameters": trees.count(shapes),
         "parts": {part: trees.count(tree) for part, tree in shapes.items()},
         "d_model": config.d_model,
-        "layers": f"{config.encoder.layers}+{config.decoder.layers}",
+        "layers": "+".join(str(stack.layers) for stack in config.stacks().values()),
         "vocab_size": config.vocab_size,
         "training_flops_per_sequence": training_flops(config, 1, 512, 114),
     }

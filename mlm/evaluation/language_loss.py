@@ -108,8 +108,9 @@ class TokenLosses:
         target = batch["decoder_target_tokens"]
         mesh = None if self._rows is None else self._rows.mesh
         weights = jnp.ones(target.shape, jnp.float32)
-        kernel = self.model.head(params)
-        return head_cross_entropy(hidden, kernel, target, weights, chunk=self._chunk, mesh=mesh)[1].nll
+        kernel, softcap = self.model.head(params), self.model.config.head.softcap
+        stats = head_cross_entropy(hidden, kernel, target, weights, softcap=softcap, chunk=self._chunk, mesh=mesh)[1]
+        return stats.nll
 
 
 _READ = (

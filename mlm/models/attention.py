@@ -1,5 +1,11 @@
-"""One attention core: queries look at keys where the mask allows, under an additive bias."""
+"""One attention core: queries look at keys where the mask allows, under an additive bias.
 
+What is looked at comes in pieces (own keys, the encoder's keys, both), so that self-, cross- and joint attention,
+grouped heads and beams that share a source are one function with other data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -7,33 +13,85 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.config import AttentionSpec
-from mlm.models.layers import dropout, parameter, product
-from mlm.types import Hidden, SourceHidden
+from mlm.models.config import AttentionSpec, NormSpec
+from mlm.models.layers import dropout, parameter, product, rms, zeros
+from mlm.models.positions import rotate
+from mlm.types import Hidden
 
 # Finite, so that a row with nothing to look at (padding) gives a mean instead of NaN.
 MASKED = -1e10
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Keys and values under one mask. Fewer rows than the queries: each serves the same number of them, in order (beams
+    of one source); fewer heads: likewise.
+    """
+
+    key: Float[Array, "B G S K"]
+    value: Float[Array, "B G S K"]
+    mask: Bool[Array, "#R #H #T #S"]
+    bias: Float[Array, "#R H T S"] | None = None
+
+
 def attend(
-    query: Float[Array, "B H T K"],
-    key: Float[Array, "B H S K"],
-    value: Float[Array, "B H S K"],
-    mask: Bool[Array, "#B #H #T S"],
-    bias: Float[Array, "#B H T S"] | None = None,
+    query: Float[Array, "R H T K"],
+    seen: Sequence[Seen],
+    *,
+    scale: float | Float[Array, ""] | None = None,
+    softcap: float | None = None,
     rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
-) -> Float[Array, "B H T K"]:
-    """softmax(q k^T + bias) v over the keys that the mask allows; softmax in float32.
+) -> Float[Array, "R H T K"]:
+    """softmax(cap(scale q k^T) + bias) v over all keys that the masks allow, under one softmax in float32.
 
-    No 1/sqrt(K): T5 folds it into the initial query weights.
+    scale None: 1, as T5 folds 1/sqrt(K) into the initial query weights. cap(z) = softcap tanh(z / softcap).
     """
-    logits = jnp.einsum("BHTK,BHSK->BHTS", query, key, preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits = _add_bias(bias.shape[0] == 1, logits, bias)
-    probs = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
-    probs = dropout(probs, rate, dropout_key, broadcast=(2,)).astype(value.dtype)
-    return jnp.einsum("BHTS,BHSK->BHTK", probs, value)
+    logits = [_logits(query, piece, scale, softcap) for piece in seen]
+    together = logits[0] if len(logits) == 1 else jnp.concatenate(logits, axis=-1)
+    probs = dropout(jax.nn.softmax(together, axis=-1), rate, dropout_key, broadcast=(2,))
+    attended, start = jnp.zeros((), query.dtype), 0
+    for piece in seen:
+        stop = start + piece.key.shape[2]
+        mine = probs if len(logits) == 1 else probs[..., start:stop]
+        y = jnp.einsum("BGQS,BGSK->BGQK", _fold(mine.astype(piece.value.dtype), piece.value), piece.value)
+        y = _unfold(y, query)
+        attended, start = y if len(logits) == 1 else attended + y, stop
+    return attended
+
+
+def _logits(
+    query: Float[Array, "R H T K"], piece: Seen, scale: float | Array | None, softcap: float | None
+) -> Float[Array, "R H T S"]:
+    logits = jnp.einsum("BGQK,BGSK->BGQS", _fold(query, piece.key), piece.key, preferred_element_type=jnp.float32)
+    logits = _unfold(logits, query)
+    if scale is not None:
+        logits = logits * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if piece.bias is not None:
+        logits = _add_bias(piece.bias.shape[0] == 1, logits, piece.bias)
+    mask = piece.mask
+    if mask.shape[0] not in (1, logits.shape[0]):
+        mask = jnp.repeat(mask, logits.shape[0] // mask.shape[0], axis=0)
+    return jnp.where(mask, logits, MASKED)
+
+
+def _fold(x: Float[Array, "R H T X"], keys: Float[Array, "B G S K"]) -> Float[Array, "B G Q X"]:
+    """Queries that share keys, be it as rows or as heads, as one longer list of queries: Q = R/B x H/G x T."""
+    rows, heads, length, size = x.shape
+    batch, groups = keys.shape[:2]
+    if rows != batch:
+        x = jnp.swapaxes(x.reshape(batch, rows // batch, groups, heads // groups * length, size), 1, 2)
+    return x.reshape(batch, groups, -1, size)
+
+
+def _unfold(x: Float[Array, "B G Q X"], query: Float[Array, "R H T K"]) -> Float[Array, "R H T X"]:
+    rows, heads, length, _ = query.shape
+    batch, groups, _, size = x.shape
+    if rows != batch:
+        x = jnp.swapaxes(x.reshape(batch, groups, rows // batch, heads // groups * length, size), 1, 2)
+    return x.reshape(rows, heads, length, size)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -56,50 +114,114 @@ def _add_bias_backward(shared, _, g):
 _add_bias.defvjp(lambda shared, logits, bias: (logits + bias, None), _add_bias_backward)
 
 
-def segment_mask(
-    queries: Int[Array, "B T"], keys: Int[Array, "B S"], *, causal: bool = False
-) -> Bool[Array, "B 1 T S"]:
-    """True where query and key belong to the same example (segment 0, padding, belongs to none).
+def order_mask(
+    queries: Int[Array, "*R T"], keys: Int[Array, "S"], *, causal: bool, window: int | None = None
+) -> Bool[Array, "*R T S"]:
+    """True where order lets a query see a key, by their indices in the row.
 
-    Causal also demands that the key stands at or before the query; packed examples are contiguous, so indices decide.
+    causal: the key stands at or before the query, and after query - window. Otherwise the window w reaches (w-1)//2
+    back and w//2 ahead (T5Gemma 2). Examples of a packed row are contiguous, so indices decide within each.
     """
-    same = (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] != 0)
+    ahead = keys - queries[..., None]
     if causal:
-        same &= jnp.arange(keys.shape[1])[None, :] <= jnp.arange(queries.shape[1])[:, None]
-    return same[:, None]
+        return (ahead <= 0) & (ahead > -window) if window else ahead <= 0
+    if window is None:
+        return jnp.ones(ahead.shape, bool)
+    return (-ahead < (window + 1) // 2) & (ahead < window // 2 + 1)
+
+
+def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """True where query and key belong to the same example (segment 0, padding, belongs to none)."""
+    return (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] != 0)
 
 
 class Attention(nnx.Module):
-    """Projections around `attend`. Initial std: query (D K)^-1/2, key and value D^-1/2, output (H K)^-1/2 (T5X)."""
+    """Projections around `attend`, and what belongs to one layer: norms of queries and keys, an own position table.
 
-    def __init__(self, d_model: int, spec: AttentionSpec, rngs: nnx.Rngs):
-        shape = (d_model, spec.heads, spec.head_dim)
-        axes = ("embed", "heads", "head_dim")
-        self.query = parameter(rngs, shape, (d_model * spec.head_dim) ** -0.5, axes)
-        self.key = parameter(rngs, shape, d_model**-0.5, axes)
-        self.value = parameter(rngs, shape, d_model**-0.5, axes)
-        self.out = parameter(
-            rngs,
-            (spec.heads, spec.head_dim, d_model),
-            (spec.heads * spec.head_dim) ** -0.5,
-            ("heads", "head_dim", "embed"),
+    memory_width: width of the states that cross-attention reads. Initial std: query (D K)^-1/2, or D^-1/2 where logits
+    are scaled; key D^-1/2; value gain D^-1/2; output gain (H K)^-1/2 (T5X).
+    """
+
+    def __init__(
+        self, d_model: int, memory_width: int, spec: AttentionSpec, norm: NormSpec, gain: float, rngs: nnx.Rngs
+    ):
+        self.spec = spec
+        heads, groups, size = spec.heads, spec.key_heads, spec.head_dim
+        folded = spec.scale is None and spec.qk_norm == "none"
+        width = memory_width if spec.source == "cross" else d_model
+        self.query = parameter(
+            rngs, (d_model, heads, size), (d_model * (size if folded else 1)) ** -0.5, ("embed", "heads", "head_dim")
         )
-        self.source = spec.source
+        # Grouped heads are few: every device has them all, where whole ones are split like the queries'.
+        kv_heads = "heads" if groups == heads else "kv_heads"
+        axes = ("embed", kv_heads, "head_dim")
+        self.key = parameter(rngs, (width, groups, size), width**-0.5, axes)
+        self.value = parameter(rngs, (width, groups, size), gain * width**-0.5, axes)
+        self.out = parameter(
+            rngs, (heads, size, d_model), gain * (heads * size) ** -0.5, ("heads", "head_dim", "embed")
+        )
+        if spec.bias:
+            self.query_bias = zeros((heads, size), ("heads", "head_dim"))
+            self.key_bias = zeros((groups, size), axes[1:])
+            self.value_bias = zeros((groups, size), axes[1:])
+            self.out_bias = zeros((d_model,), ("embed",))
+        self.norm_spec = norm
+        if spec.qk_norm == "rms":
+            start = 0.0 if norm.offset_one else 1.0
+            self.query_norm = nnx.Param(jnp.full((size,), start, jnp.float32), axes=("head_dim",))
+            self.key_norm = nnx.Param(jnp.full((size,), start, jnp.float32), axes=("head_dim",))
+        elif spec.qk_norm == "l2_scalar":
+            self.gain = nnx.Param(jnp.asarray(spec.qk_gain, jnp.float32), axes=())
+        if spec.position.table() == "layer":
+            self.position = position_table(heads, spec, rngs)
 
-    def queries(self, x: Hidden) -> Float[Array, "B H T K"]:
-        return _heads_first(x, self.query[...])
+    def queries(self, x: Hidden, positions: Int[Array, "#B T"] | None = None) -> Float[Array, "B H T K"]:
+        """positions: where in their example the tokens stand; read only by attention that rotates."""
+        return self._turned(self._normed(self._project(x, "query"), "query_norm"), positions)
 
-    def keys_values(self, states: SourceHidden) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S K"]]:
-        """Keys and values of the states to be looked at."""
-        return _heads_first(states, self.key[...]), _heads_first(states, self.value[...])
+    def keys_values(
+        self, states: Float[Array, "B S M"], positions: Int[Array, "#B S"] | None = None
+    ) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]]:
+        """Keys and values of the states to be looked at. positions None: they are not turned (encoder states)."""
+        key = self._turned(self._normed(self._project(states, "key"), "key_norm"), positions)
+        return key, self._project(states, "value")
 
-    def output(self, attended: Float[Array, "B H T K"]) -> Hidden:
-        flat = jnp.swapaxes(attended, 1, 2)
+    def attended(
+        self, query: Float[Array, "R H T K"], seen: Sequence[Seen], rate: float, key: Key[Array, ""] | None
+    ) -> Float[Array, "R T D"]:
+        """Looks at `seen` and projects back to the model's width."""
+        spec = self.spec
+        scale = self.gain[...] if spec.qk_norm == "l2_scalar" else spec.scale
+        y = attend(query, seen, scale=scale, softcap=spec.softcap, rate=rate, dropout_key=key)
+        flat = jnp.swapaxes(y, 1, 2)
         flat = flat.reshape(*flat.shape[:2], -1)
-        return product(flat, self.out[...].astype(flat.dtype).reshape(flat.shape[-1], -1))
+        y = product(flat, self.out[...].astype(flat.dtype).reshape(flat.shape[-1], -1))
+        return y + self.out_bias[...].astype(y.dtype) if spec.bias else y
+
+    def _project(self, x: Float[Array, "B L _"], name: str) -> Float[Array, "B _ L K"]:
+        """x W, heads before positions: each head's matrix products then read consecutive memory."""
+        weights = getattr(self, name)[...].astype(x.dtype)
+        y = product(x, weights.reshape(x.shape[-1], -1)).reshape(*x.shape[:2], *weights.shape[1:])
+        if self.spec.bias:
+            y = y + getattr(self, f"{name}_bias")[...].astype(x.dtype)
+        return jnp.swapaxes(y, 1, 2)
+
+    def _normed(self, x: Float[Array, "B _ L K"], name: str) -> Float[Array, "B _ L K"]:
+        if self.spec.qk_norm == "rms":
+            return rms(x, getattr(self, name)[...], self.norm_spec.eps, float(self.norm_spec.offset_one))
+        if self.spec.qk_norm == "l2_scalar":
+            x32 = x.astype(jnp.float32)
+            return (x32 * jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + 1e-12)).astype(x.dtype)
+        return x
+
+    def _turned(self, x: Float[Array, "B _ L K"], positions: Int[Array, "#B L"] | None) -> Float[Array, "B _ L K"]:
+        position = self.spec.position
+        if position.kind != "rope" or positions is None:
+            return x
+        return rotate(x, positions, base=position.base, factor=position.factor)
 
 
-def _heads_first(x: Float[Array, "B L D"], weights: Float[Array, "D H K"]) -> Float[Array, "B H L K"]:
-    """x W, heads before positions: each head's matrix products then read consecutive memory."""
-    y = product(x, weights.astype(x.dtype).reshape(x.shape[-1], -1))
-    return jnp.swapaxes(y.reshape(*x.shape[:2], *weights.shape[1:]), 1, 2)
+def position_table(heads: int, spec: AttentionSpec, rngs: nnx.Rngs) -> nnx.Param:
+    """Biases of T5's distance buckets, in nats; initial std sqrt(2 / (heads + buckets)) (T5X)."""
+    buckets = spec.position.buckets
+    return parameter(rngs, (heads, buckets), (2.0 / (heads + buckets)) ** 0.5, ("heads", "buckets"))

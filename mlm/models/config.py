@@ -1,13 +1,21 @@
 """What a model is, as frozen data that refuses nonsense when built. Published members are values in `presets.py`."""
 
 import dataclasses
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any
 
 from mlm.registry import nearest
 
-ACTIVATIONS = ("geglu", "swiglu", "relu", "gelu")  # the first two are gated: two input matrices
+ACTIVATIONS = ("geglu", "swiglu", "relu", "gelu", "gelu_tanh")  # the first two are gated: two input matrices
 REMAT_POLICIES = ("none", "minimal", "dots", "full")
+POSITIONS = ("none", "t5_bucket", "alibi", "rope")
+ABSOLUTE_POSITIONS = ("none", "learned", "sinusoidal")
+SOURCES = ("self", "cross", "joint")
+QK_NORMS = ("none", "rms", "l2_scalar")
+NORMS = ("rms", "layer")
+ORDERS = ("pre", "post", "sandwich")
 HEADS = ("linear", "tied")
 DTYPES = ("float32", "bfloat16")
 
@@ -18,50 +26,177 @@ def _choice(owner: str, field: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _positive(owner: object, *fields: str) -> None:
+    """None is let through: a field that may be None says so by its type."""
     for field in fields:
         value = getattr(owner, field)
-        if not isinstance(value, int) or value < 1:
+        if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{type(owner).__name__}.{field}={value!r} must be an integer of at least 1")
+
+
+def _above_zero(owner: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(owner, field)
+        if value is not None and not value > 0:
+            raise ValueError(f"{type(owner).__name__}.{field}={value!r} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionSpec:
-    """T5 relative positions: a learned bias per head and distance bucket, one table shared by the stack's layers.
+    """How self-attention knows distances.
 
-    Half of the buckets are exact distances, the rest grow logarithmically up to `max_distance` tokens.
+    t5_bucket: a learned bias per head and distance bucket; half of the buckets are exact distances, the rest grow
+    logarithmically up to `max_distance` tokens; share: one table for the "stack" (T5) or for each "layer" (umT5).
+    alibi: -slope x distance, slopes fixed per head. rope: queries and keys turn with their position, slowest turn
+    `base`; positions are divided by `factor`, which stretches a trained context.
     """
 
+    kind: str = "t5_bucket"
+    share: str = "stack"
     buckets: int = 32
     max_distance: int = 128
+    base: float = 10_000.0
+    factor: float = 1.0
 
     def __post_init__(self):
+        _choice("PositionSpec", "kind", self.kind, POSITIONS)
+        _choice("PositionSpec", "share", self.share, ("stack", "layer"))
         _positive(self, "buckets", "max_distance")
+        _above_zero(self, "base", "factor")
         if self.buckets % 4 or self.max_distance <= self.buckets // 2:
             raise ValueError(
                 f"PositionSpec: buckets={self.buckets} must be a multiple of 4 and max_distance={self.max_distance} "
                 f"must exceed buckets/2={self.buckets // 2} (T5 uses 32 and 128)"
             )
 
+    def table(self) -> str:
+        """Who owns the table of biases: "stack", "layer" or "nobody"."""
+        return self.share if self.kind == "t5_bucket" else "nobody"
+
+
+NO_POSITION = PositionSpec(kind="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """rms: scale * x / sqrt(mean(x^2) + eps); offset_one: (1 + scale) with scale 0 at first (Gemma).
+
+    layer: scale * (x - mean) / sqrt(var + eps) + bias.
+    """
+
+    kind: str = "rms"
+    offset_one: bool = False
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        _choice("NormSpec", "kind", self.kind, NORMS)
+        _above_zero(self, "eps")
+        if self.offset_one and self.kind != "rms":
+            raise ValueError(f"NormSpec: offset_one=True belongs to kind='rms', not {self.kind!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSpec:
+    """Where a sublayer's norms stand. pre: x + f(norm(x)); sandwich: x + norm'(f(norm(x))); post: norm(alpha x + f(x)).
+
+    gain multiplies the initial weights of feed-forward, values and attention output. DeepNorm (Wang et al. 2022) is
+    "post" with alpha > 1 and gain < 1: `deep_norm` gives its constants.
+    """
+
+    order: str = "pre"
+    alpha: float = 1.0
+    gain: float = 1.0
+
+    def __post_init__(self):
+        _choice("ResidualSpec", "order", self.order, ORDERS)
+        _above_zero(self, "alpha", "gain")
+        if self.alpha != 1.0 and self.order != "post":
+            raise ValueError(f"ResidualSpec: alpha={self.alpha} belongs to order='post', not {self.order!r}")
+
+
+def deep_norm(encoder: int | None, decoder: int | None) -> tuple[ResidualSpec | None, ResidualSpec | None]:
+    """DeepNorm's residuals for stacks of that many layers; None where there is no stack.
+
+    One stack of N: alpha = (2N)^1/4, gain = (8N)^-1/4. Encoder of N with decoder of M: 0.81 (N^4 M)^1/16 and
+    0.87 (N^4 M)^-1/16 for the encoder, (3M)^1/4 and (12M)^-1/4 for the decoder. Source: Wang et al. 2022, table 1.
+    """
+    if encoder and decoder:
+        both = encoder**4 * decoder
+        return (
+            ResidualSpec(order="post", alpha=0.81 * both ** (1 / 16), gain=0.87 * both ** (-1 / 16)),
+            ResidualSpec(order="post", alpha=(3 * decoder) ** 0.25, gain=(12 * decoder) ** -0.25),
+        )
+    layers = encoder or decoder
+    if not layers:
+        raise ValueError("deep_norm needs the number of layers of at least one stack")
+    one = ResidualSpec(order="post", alpha=(2 * layers) ** 0.25, gain=(8 * layers) ** -0.25)
+    return (one, None) if encoder else (None, one)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """One attention sublayer. source: "self" (its own stack's states) or "cross" (the encoder's output)."""
+    """One attention sublayer.
+
+    source: "self" (its own stack's states), "cross" (the encoder's output) or "joint" (both under one softmax, with the
+    same key and value matrices; encoder keys are neither rotated nor windowed: T5Gemma 2). kv_heads: fewer key heads
+    than query heads, each shared by heads / kv_heads of them (None: as many). scale multiplies q k^T (None: 1, folded
+    into the initial query weights as in T5). qk_norm: "rms" over each head (Gemma 3), "l2_scalar" unit vectors times a
+    learned number that starts at `qk_gain` (Henry et al. 2020). softcap: cap * tanh(logits / cap). window, in tokens:
+    a query sees the last `window` positions, itself included; where nothing is causal, (window - 1) // 2 behind it
+    and window // 2 ahead.
+    """
 
     source: str
     heads: int
     head_dim: int
+    kv_heads: int | None = None
+    scale: float | None = None
+    qk_norm: str = "none"
+    qk_gain: float = 18.0
+    softcap: float | None = None
+    window: int | None = None
+    position: PositionSpec = NO_POSITION
+    bias: bool = False
 
     def __post_init__(self):
-        _choice("AttentionSpec", "source", self.source, ("self", "cross"))
-        _positive(self, "heads", "head_dim")
+        _choice("AttentionSpec", "source", self.source, SOURCES)
+        _choice("AttentionSpec", "qk_norm", self.qk_norm, QK_NORMS)
+        _positive(self, "heads", "head_dim", "kv_heads", "window")
+        _above_zero(self, "scale", "softcap", "qk_gain")
+        if self.heads % self.key_heads:
+            raise ValueError(
+                f"AttentionSpec: kv_heads={self.kv_heads} must divide heads={self.heads}; "
+                f"what does: {[n for n in range(1, self.heads + 1) if self.heads % n == 0]}"
+            )
+        if self.source == "cross" and (self.window or self.position.kind != "none"):
+            raise ValueError(
+                f"AttentionSpec: cross-attention has no order to speak of, so window={self.window} and "
+                f"position.kind={self.position.kind!r} must be None and 'none'"
+            )
+        if self.position.kind == "rope" and self.head_dim % 2:
+            raise ValueError(f"AttentionSpec: rope turns pairs of numbers, so head_dim={self.head_dim} must be even")
+        if self.qk_norm == "l2_scalar" and self.scale is not None:
+            raise ValueError(f"AttentionSpec: qk_norm='l2_scalar' learns its scale; scale={self.scale} must be None")
+
+    @property
+    def key_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def reads_itself(self) -> bool:
+        return self.source != "cross"
+
+    @property
+    def reads_memory(self) -> bool:
+        return self.source != "self"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FFNSpec:
-    """One position-wise feed-forward sublayer of width `d_ff`."""
+    """One position-wise feed-forward sublayer of width `d_ff`. gelu is exact, geglu and gelu_tanh use tanh for erf."""
 
     d_ff: int
     activation: str = "geglu"
+    bias: bool = False
 
     def __post_init__(self):
         _choice("FFNSpec", "activation", self.activation, ACTIVATIONS)
@@ -74,7 +209,7 @@ class FFNSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """Sublayers in order, each pre-normalised with its own residual, e.g. (self, cross, ffn)."""
+    """Sublayers in order, each with its own norm and residual, e.g. (self, cross, ffn)."""
 
     sublayers: tuple[AttentionSpec | FFNSpec, ...]
 
@@ -89,18 +224,50 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingSpec:
+    """How tokens enter a stack: multiply, plus what stands at their absolute position, normed where `norm` is set.
+
+    learned: a table of `length` positions (the index inside the example, plus `offset`). sinusoidal: fairseq's, sines
+    then cosines, first position `offset`. gradient: share of the gradient that reaches the table (GLM-130B uses 0.1).
+    """
+
+    multiply: float = 1.0
+    positions: str = "none"
+    length: int | None = None
+    offset: int = 0
+    norm: bool = False
+    gradient: float = 1.0
+
+    def __post_init__(self):
+        _choice("EmbeddingSpec", "positions", self.positions, ABSOLUTE_POSITIONS)
+        _positive(self, "length")
+        _above_zero(self, "multiply", "gradient")
+        if (self.positions == "learned") != (self.length is not None):
+            raise ValueError(
+                f"EmbeddingSpec: positions={self.positions!r} with length={self.length}: a learned table, and nothing "
+                "else, needs its number of positions"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StackConfig:
-    """A stack of `repeats` equal groups of layers. A group is the smallest repeating pattern.
+    """A stack of `repeats` equal groups of layers, then `rest` layers of one more group. A group is the smallest
+    repeating pattern.
 
     Parameters of the groups are stacked on a leading axis. scan: run the groups by one `lax.scan` (compile time does
     not grow with depth) or unrolled; the numbers are the same. remat: what the backward pass keeps (none: everything;
-    minimal: outputs of weight matmuls; dots: outputs of all matmuls; full: layer inputs only).
+    minimal: outputs of weight matmuls; dots: outputs of all matmuls; full: layer inputs only). final_norm: a norm
+    after the last layer (post-norm stacks have none).
     """
 
     group: tuple[LayerSpec, ...]
     repeats: int
     causal: bool
-    position: PositionSpec = PositionSpec()
+    rest: int = 0
+    norm: NormSpec = NormSpec()
+    residual: ResidualSpec = ResidualSpec()
+    embedding: EmbeddingSpec = EmbeddingSpec()
+    final_norm: bool = True
     dropout: float = 0.0
     remat: str = "none"
     scan: bool = True
@@ -110,59 +277,111 @@ class StackConfig:
         _choice("StackConfig", "remat", self.remat, REMAT_POLICIES)
         if not self.group or not all(layer.sublayers for layer in self.group):
             raise ValueError("StackConfig.group needs at least one layer, and every layer at least one sublayer")
+        if not 0 <= self.rest < len(self.group):
+            raise ValueError(
+                f"StackConfig.rest={self.rest} must be less than the group's {len(self.group)} layers: "
+                "more of them are another repeat"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"StackConfig.dropout={self.dropout} must be in [0, 1)")
-        heads = {s.heads for s in self._attentions("self")}
-        if len(heads) != 1:
+        shared = {(s.heads, s.position) for s in self.attentions() if s.position.table() == "stack"}
+        if len(shared) > 1:
             raise ValueError(
-                f"StackConfig: one relative-position table serves all self-attention of a stack, so their head counts "
-                f"must agree and exist; found {sorted(heads) or 'no self-attention'}"
+                f"StackConfig: one relative-position table serves all layers that share it, so their heads and buckets "
+                f"must agree; found {sorted((heads, p.buckets, p.max_distance) for heads, p in shared)}"
             )
+        if not any(spec.reads_itself for spec in self.attentions()):
+            raise ValueError("StackConfig: no layer of the group holds self-attention, so tokens never meet")
 
     @property
     def layers(self) -> int:
-        return self.repeats * len(self.group)
+        return self.repeats * len(self.group) + self.rest
 
-    @property
-    def heads(self) -> int:
-        return self._attentions("self")[0].heads
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """Every layer, first to last."""
+        return self.group * self.repeats + self.group[: self.rest]
 
-    def attends(self, source: str) -> bool:
-        return bool(self._attentions(source))
+    def attentions(self) -> list[AttentionSpec]:
+        """The attention sublayers of one group."""
+        return [spec for layer in self.group for spec in layer.sublayers if isinstance(spec, AttentionSpec)]
 
-    def _attentions(self, source: str) -> list[AttentionSpec]:
-        specs = [spec for layer in self.group for spec in layer.sublayers]
-        return [spec for spec in specs if isinstance(spec, AttentionSpec) and spec.source == source]
+    def reads_memory(self) -> bool:
+        return any(spec.reads_memory for spec in self.attentions())
+
+    def shared_table(self) -> AttentionSpec | None:
+        """The attention whose relative-position table the whole stack shares, if there is one."""
+        return next((s for s in self.attentions() if s.position.table() == "stack"), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """What leaves. linear: a matrix of its own; tied: the (decoder's) input table. Logits are multiplied by `multiply`
+    and bounded by softcap * tanh(logits / softcap).
+    """
+
+    kind: str = "linear"
+    multiply: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self):
+        _choice("HeadSpec", "kind", self.kind, HEADS)
+        _above_zero(self, "multiply", "softcap")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """An encoder-decoder transformer: one input table for both stacks, a linear or tied output head.
+    """An encoder-decoder, a decoder alone (encoder None) or an encoder alone (decoder None).
 
+    encoder_width: the encoder's width where it is not d_model. share_embedding: one input table for both stacks.
     dtype: the type of activations and matrix products ("bfloat16" on accelerators); parameters are float32 masters,
     and norms, softmax and loss are computed in float32 in any case.
     """
 
     vocab_size: int
     d_model: int
-    encoder: StackConfig
-    decoder: StackConfig
-    head: str = "linear"
+    encoder: StackConfig | None
+    decoder: StackConfig | None
+    encoder_width: int | None = None
+    share_embedding: bool = True
+    head: HeadSpec = HeadSpec()
     dtype: str = "float32"
 
     def __post_init__(self):
-        _positive(self, "vocab_size", "d_model")
-        _choice("ModelConfig", "head", self.head, HEADS)
+        _positive(self, "vocab_size", "d_model", "encoder_width")
         _choice("ModelConfig", "dtype", self.dtype, DTYPES)
-        if self.encoder.causal or not self.decoder.causal:
+        encoder, decoder = self.encoder, self.decoder
+        if encoder is None and decoder is None:
+            raise ValueError("a model needs an encoder, a decoder, or both; found neither")
+        if (encoder and encoder.causal) or (decoder and not decoder.causal):
             raise ValueError(
-                f"encoder.causal={self.encoder.causal}, decoder.causal={self.decoder.causal}: an encoder-decoder reads "
-                "the source in both directions and writes the target left to right; set False and True"
+                f"encoder.causal={encoder and encoder.causal}, decoder.causal={decoder and decoder.causal}: an encoder "
+                "reads in both directions and a decoder writes left to right; set False and True"
             )
-        if self.encoder.attends("cross"):
+        if encoder and encoder.reads_memory():
             raise ValueError("encoder layers cannot hold cross-attention: there is no other stack for them to read")
-        if not self.decoder.attends("cross"):
+        if decoder and encoder and not decoder.reads_memory():
             raise ValueError("no decoder layer holds cross-attention, so the decoder would never see the source")
+        if decoder and not encoder and decoder.reads_memory():
+            raise ValueError("a decoder layer holds cross-attention, but there is no encoder to read")
+        if self.encoder_width not in (None, self.d_model):
+            if self.share_embedding or not encoder or not decoder:
+                raise ValueError(
+                    f"encoder_width={self.encoder_width} is not d_model={self.d_model}: one input table cannot serve "
+                    "both stacks; set share_embedding=False"
+                )
+            if any(spec.source == "joint" for spec in decoder.attentions()):
+                raise ValueError(
+                    f"joint attention reads encoder and decoder with the same matrices: encoder_width="
+                    f"{self.encoder_width} must be d_model={self.d_model}"
+                )
+
+    @property
+    def memory_width(self) -> int:
+        return self.encoder_width or self.d_model
+
+    def stacks(self) -> dict[str, StackConfig]:
+        """The stacks that there are, "encoder" before "decoder"."""
+        return {name: stack for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)) if stack}
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -172,23 +391,31 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def from_json(data: dict[str, Any]) -> ModelConfig:
     """Rebuild a ModelConfig from `to_json` data. Raises ValueError for unknown or missing keys."""
-
-    def sublayer(d: dict) -> AttentionSpec | FFNSpec:
-        return _build(AttentionSpec if "source" in d else FFNSpec, d)
-
-    def stack(d: dict) -> StackConfig:
-        group = tuple(LayerSpec(sublayers=tuple(sublayer(s) for s in layer["sublayers"])) for layer in d["group"])
-        return _build(StackConfig, {**d, "group": group, "position": _build(PositionSpec, d["position"])})
-
-    return _build(ModelConfig, {**data, "encoder": stack(data["encoder"]), "decoder": stack(data["decoder"])})
+    return _build(ModelConfig, data)
 
 
-def _build(cls: type, data: dict[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
+def _build(kind: Any, data: Any) -> Any:
+    """`data` as the type that an annotation names: dataclasses from dicts, tuples from lists."""
+    if isinstance(kind, types.UnionType):
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        if data is None or not isinstance(data, dict):
+            return data
+        # Of two kinds of sublayer, the one that has all the fields.
+        kind = next((k for k in kinds if dataclasses.is_dataclass(k) and data.keys() <= _fields(k)), kinds[0])
+    if typing.get_origin(kind) is tuple:
+        return tuple(_build(typing.get_args(kind)[0], item) for item in data)
+    if not dataclasses.is_dataclass(kind):
+        return data
+    hints, name = typing.get_type_hints(kind), typing.cast(type, kind).__name__
     for key in data:
-        if key not in known:
-            raise ValueError(f"{cls.__name__} has no field {key!r}; {nearest(key, known)}")
+        if key not in hints:
+            raise ValueError(f"{name} has no field {key!r}; {nearest(key, hints)}")
+    make: Any = kind
     try:
-        return cls(**data)
+        return make(**{key: _build(hints[key], value) for key, value in data.items()})
     except TypeError as error:
-        raise ValueError(f"{cls.__name__}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _fields(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}

@@ -6,33 +6,44 @@ from mlm.models.config import AttentionSpec, FFNSpec, ModelConfig, StackConfig
 def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> float:
     """FLOPs of forward and backward on `rows` rows of `source` and `target` positions.
 
-    6 x (weights x positions they are applied to, cross keys and values at source positions, head at target positions)
-    + 12 x layers x heads x head size x (pairs of positions; causal pairs counted half). A multiply-add is 2 FLOPs and
-    the backward pass costs twice the forward; padding counts as positions, because the matrices do not know it.
+    6 x (weights x positions they are applied to, memory keys and values at source positions, head at the positions of
+    the last stack) + 12 x layers x heads x head size x (pairs of positions that a mask without padding allows; causal
+    pairs counted half). A multiply-add is 2 FLOPs and the backward pass costs twice the forward; padding counts as
+    positions, because the matrices do not know it.
     """
-    encoder = _stack(config.encoder, config.d_model, source, 0)
-    decoder = _stack(config.decoder, config.d_model, target, source)
-    return rows * (encoder + decoder + 6.0 * config.d_model * config.vocab_size * target)
-
-
-def _stack(stack: StackConfig, d_model: int, length: int, memory: int) -> float:
     total = 0.0
-    for layer in stack.group:
+    if config.encoder:
+        total += _stack(config.encoder, config.memory_width, config.memory_width, source, 0)
+    if config.decoder:
+        total += _stack(config.decoder, config.d_model, config.memory_width, target, source)
+    predicted = target if config.decoder else source
+    return rows * (total + 6.0 * config.d_model * config.vocab_size * predicted)
+
+
+def _stack(stack: StackConfig, d_model: int, memory_width: int, length: int, memory: int) -> float:
+    total = 0.0
+    for layer in stack.layer_specs():
         for spec in layer.sublayers:
-            total += (
-                _ffn(spec, d_model, length)
-                if isinstance(spec, FFNSpec)
-                else _attention(spec, d_model, length, memory, stack.causal)
-            )
-    return total * stack.repeats
+            if isinstance(spec, FFNSpec):
+                total += 6.0 * (3 if spec.gated else 2) * d_model * spec.d_ff * length
+            else:
+                total += _attention(spec, d_model, memory_width, length, memory, stack.causal)
+    return total
 
 
-def _ffn(spec: FFNSpec, d_model: int, length: int) -> float:
-    return 6.0 * (3 if spec.gated else 2) * d_model * spec.d_ff * length
+def _attention(spec: AttentionSpec, d_model: int, memory_width: int, length: int, memory: int, causal: bool) -> float:
+    heads, groups = spec.heads * spec.head_dim, spec.key_heads * spec.head_dim
+    weights = 2 * d_model * heads * length
+    pairs = 0.0
+    if spec.reads_itself:
+        weights += 2 * d_model * groups * length
+        pairs += _pairs(length, spec.window, causal)
+    if spec.reads_memory:
+        weights += 2 * memory_width * groups * memory
+        pairs += length * memory
+    return 6.0 * weights + 12.0 * heads * pairs
 
 
-def _attention(spec: AttentionSpec, d_model: int, length: int, memory: int, causal: bool) -> float:
-    width = spec.heads * spec.head_dim
-    looked_at = memory if spec.source == "cross" else length
-    pairs = length * looked_at * (0.5 if causal and spec.source == "self" else 1.0)
-    return 6.0 * d_model * width * (2 * length + 2 * looked_at) + 12.0 * width * pairs
+def _pairs(length: int, window: int | None, causal: bool) -> float:
+    full = length * length * (0.5 if causal else 1.0)
+    return full if window is None else min(full, float(length * window))

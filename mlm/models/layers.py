@@ -1,4 +1,4 @@
-"""Parameters with logical axes, RMS norm, dropout, feed-forward."""
+"""Parameters with logical axes, norms, dropout, feed-forward."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from mlm.models.config import FFNSpec
+from mlm.models.config import FFNSpec, NormSpec
 from mlm.types import Axes, Hidden
-
-NORM_EPSILON = 1e-6
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: Axes) -> nnx.Param:
     """A float32 parameter drawn from N(0, std^2), carrying its logical axis names."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def zeros(shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+    """A float32 parameter that starts at zero."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
 
 
 @jax.custom_vjp
@@ -52,42 +55,66 @@ def dropout(
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
-class RMSNorm(nnx.Module):
-    """y = scale * x / sqrt(mean_D(x^2) + 1e-6), statistics in float32. Source: Zhang & Sennrich 2019."""
+def rms(x: Float[Array, "... K"], scale: Float[Array, "K"], eps: float, offset: float = 0.0) -> Float[Array, "... K"]:
+    """(offset + scale) * x / sqrt(mean(x^2) + eps) over the last axis, statistics in float32. Zhang & Sennrich 2019."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * (offset + scale)).astype(x.dtype)
 
-    def __init__(self, d_model: int):
-        self.scale = nnx.Param(jnp.ones((d_model,), jnp.float32), axes=("embed",))
 
-    def __call__(self, x: Hidden) -> Hidden:
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
-        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+class Norm(nnx.Module):
+    """What a `NormSpec` says, over the last axis; at first it scales by 1."""
+
+    def __init__(self, width: int, spec: NormSpec, axes: Axes = ("embed",)):
+        self.spec = spec
+        self.scale = nnx.Param(jnp.full((width,), 0.0 if spec.offset_one else 1.0, jnp.float32), axes=axes)
+        if spec.kind == "layer":
+            self.bias = nnx.Param(jnp.zeros((width,), jnp.float32), axes=axes)
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... K"]:
+        if self.spec.kind == "rms":
+            return rms(x, self.scale[...], self.spec.eps, float(self.spec.offset_one))
+        centred = x.astype(jnp.float32)
+        centred = centred - jnp.mean(centred, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.spec.eps)
+        return (centred * inverse * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 _NONLINEARITIES: dict[str, Callable] = {
     "geglu": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "swiglu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
 
 
 class FeedForward(nnx.Module):
-    """(act(x W_gate) * (x W_up)) W_down, or act(x W_up) W_down when not gated. Source: Shazeer 2020."""
+    """(act(x W_gate) * (x W_up)) W_down, or act(x W_up) W_down when not gated; biases added where the spec has them.
 
-    def __init__(self, d_model: int, spec: FFNSpec, rngs: nnx.Rngs):
-        self.activation = _NONLINEARITIES[spec.activation]
+    Initial std: gain D^-1/2 and gain F^-1/2. Source: Shazeer 2020.
+    """
+
+    def __init__(self, d_model: int, spec: FFNSpec, gain: float, rngs: nnx.Rngs):
+        self.spec = spec
         if spec.gated:
-            self.gate = parameter(rngs, (d_model, spec.d_ff), d_model**-0.5, ("embed", "mlp"))
-        self.up = parameter(rngs, (d_model, spec.d_ff), d_model**-0.5, ("embed", "mlp"))
-        self.down = parameter(rngs, (spec.d_ff, d_model), spec.d_ff**-0.5, ("mlp", "embed"))
-        self.gated = spec.gated
+            self.gate = parameter(rngs, (d_model, spec.d_ff), gain * d_model**-0.5, ("embed", "mlp"))
+        self.up = parameter(rngs, (d_model, spec.d_ff), gain * d_model**-0.5, ("embed", "mlp"))
+        self.down = parameter(rngs, (spec.d_ff, d_model), gain * spec.d_ff**-0.5, ("mlp", "embed"))
+        if spec.bias:
+            self.up_bias = zeros((spec.d_ff,), ("mlp",))
+            self.down_bias = zeros((d_model,), ("embed",))
+            if spec.gated:
+                self.gate_bias = zeros((spec.d_ff,), ("mlp",))
 
     def __call__(self, x: Hidden, rate: float, key: Key[Array, ""] | None) -> Hidden:
-        up = product(x, self.up[...].astype(x.dtype))
-        if self.gated:
-            inner = self.activation(product(x, self.gate[...].astype(x.dtype))) * up
+        activation = _NONLINEARITIES[self.spec.activation]
+        if self.spec.gated:
+            inner = activation(self._project(x, "gate")) * self._project(x, "up")
         else:
-            inner = self.activation(up)
-        inner = dropout(inner, rate, key)
-        return product(inner, self.down[...].astype(x.dtype))
+            inner = activation(self._project(x, "up"))
+        return self._project(dropout(inner, rate, key), "down")
+
+    def _project(self, x: Float[Array, "B T _"], name: str) -> Float[Array, "B T _"]:
+        y = product(x, getattr(self, name)[...].astype(x.dtype))
+        return y + getattr(self, f"{name}_bias")[...].astype(x.dtype) if self.spec.bias else y

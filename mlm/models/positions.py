@@ -1,5 +1,6 @@
-"""T5 relative positions: distances become buckets, buckets become a learned bias per head (Raffel et al. 2020)."""
+"""Positions as functions: T5 buckets, ALiBi and rotation act between tokens, sinusoids are added to them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -47,3 +48,49 @@ def relative_bias(
     relative = keys - queries[..., None]
     bucket = relative_bucket(relative, bidirectional=not causal, buckets=spec.buckets, max_distance=spec.max_distance)
     return jnp.moveaxis(table[:, bucket], 0, -3)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """2^(-8 i / h) for i = 1 … h, h a power of two; else those of the power below, then every second one of twice it.
+
+    Source: Press et al. 2022, released code.
+    """
+    power = 2 ** int(np.log2(heads))
+    slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-8.0 * np.arange(1, 2 * power + 1, 2) / (2 * power))
+    return np.concatenate([slopes, between[: heads - power]]).astype(np.float32)
+
+
+def alibi_bias(heads: int, queries: Int[Array, "*R T"], keys: Int[Array, "S"]) -> Float[Array, "*R {heads} T S"]:
+    """-slope x distance in tokens, whichever the direction."""
+    distance = jnp.abs(keys - queries[..., None]).astype(jnp.float32)
+    return -alibi_slopes(heads)[:, None, None] * distance[..., None, :, :]
+
+
+def rotate(
+    x: Float[Array, "B H T K"], positions: Int[Array, "#B T"], *, base: float, factor: float = 1.0
+) -> Float[Array, "B H T K"]:
+    """Rotary positions, halves convention: (a, b) -> (a cos - b sin, b cos + a sin), angle = position / factor x
+    base^(-2 m / K) for the m-th pair. Angles in float32. Source: Su et al. 2021; Hugging Face's halves.
+    """
+    half = x.shape[-1] // 2
+    turns = base ** (-np.arange(half, dtype=np.float32) / half)
+    angles = (positions.astype(jnp.float32) / factor)[:, None, :, None] * turns
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def sinusoids(positions: Int[Array, "*B T"], width: int) -> Float[Array, "*B T {width}"]:
+    """[sin(p w_i), cos(p w_i)] with w_i = 10000^(-i / (width/2 - 1)), i < width/2. Source: fairseq."""
+    half = width // 2
+    frequencies = np.exp(np.arange(half) * -(np.log(10_000.0) / (half - 1))).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Place of every token inside its example; examples of a packed row are contiguous."""
+    at = jnp.arange(segments.shape[1])
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return at - jax.lax.cummax(jnp.where(starts, at, 0), axis=1)

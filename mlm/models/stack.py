@@ -1,5 +1,6 @@
 """A stack of layers, run three ways from the same parameters: whole sequences, encoder memory, one cached block."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.attention import Attention, attend, segment_mask
+from mlm.models.attention import Attention, Seen, order_mask, position_table, segment_mask
 from mlm.models.config import AttentionSpec, LayerSpec, StackConfig
 from mlm.models.functional import Template
-from mlm.models.layers import FeedForward, RMSNorm, dropout, parameter
-from mlm.models.positions import relative_bias
+from mlm.models.layers import FeedForward, Norm, dropout, parameter
+from mlm.models.positions import alibi_bias, relative_bias, segment_positions, sinusoids
 from mlm.types import Constrain, Hidden, Params, PyTree, Segments, SourceHidden, SourceSegments
 
 _STATES = ("batch", "length", "embed")  # logical axes of activations between sublayers
@@ -26,155 +27,253 @@ _SAVED = {
 
 @dataclass(frozen=True)
 class View:
-    """What every layer of one forward pass looks at."""
+    """What every layer of one pass looks at, and from where: whole sequences, or a cached block of Q positions.
 
-    mask: Bool[Array, "B 1 T T"]
-    bias: Float[Array, "1 H T T"]
+    queries, keys: indices in the row (or cache slots). positions: places inside the example. shared: the stack's own
+    position table. segments: which keys belong to a query's example (None: all, as in a cache).
+    """
+
+    queries: Int[Array, "*R T"]
+    keys: Int[Array, "M"]
+    positions: Int[Array, "_ T"]
+    causal: bool
+    shared: Float[Array, "H buckets"] | None = None
+    segments: Bool[Array, "B T M"] | None = None
     memory: SourceHidden | None = None
-    memory_mask: Bool[Array, "B 1 T S"] | None = None
+    memory_mask: Bool[Array, "B 1 _ S"] | None = None
+
+    def mask(self, spec: AttentionSpec) -> Bool[Array, "_ 1 T M"]:
+        mask = order_mask(self.queries, self.keys, causal=self.causal, window=spec.window)
+        mask = mask[None] if mask.ndim == 2 else mask
+        return (mask if self.segments is None else mask & self.segments)[:, None]
+
+    def bias(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None) -> Float[Array, "_ H T M"] | None:
+        kind = spec.position.kind
+        if kind == "t5_bucket":
+            bias = relative_bias(table, self.queries, self.keys, causal=self.causal, spec=spec.position)
+        elif kind == "alibi":
+            bias = alibi_bias(spec.heads, self.queries, self.keys)
+        else:
+            return None
+        return bias[None] if bias.ndim == 3 else bias
 
 
 class Layer(nnx.Module):
-    """Sublayers in order, each x + dropout(body(norm(x)))."""
+    """Sublayers in order, each with its norm and residual."""
 
-    def __init__(self, d_model: int, spec: LayerSpec, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, memory_width: int, config: StackConfig, spec: LayerSpec, rngs: nnx.Rngs):
         self.names = spec.names()
+        self.residual = config.residual
         for name, sublayer in zip(self.names, spec.sublayers, strict=True):
             body: Attention | FeedForward
             if isinstance(sublayer, AttentionSpec):
-                body = Attention(d_model, sublayer, rngs)
+                body = Attention(d_model, memory_width, sublayer, config.norm, config.residual.gain, rngs)
             else:
-                body = FeedForward(d_model, sublayer, rngs)
-            body.norm = RMSNorm(d_model)
+                body = FeedForward(d_model, sublayer, config.residual.gain, rngs)
+            body.norm = Norm(d_model, config.norm)
+            if config.residual.order == "sandwich":
+                body.post_norm = Norm(d_model, config.norm)
             setattr(self, name, body)
 
-    def forward(self, x: Hidden, view: View, rate: float, key: Key[Array, ""] | None, constrain: Constrain) -> Hidden:
+    def forward(
+        self, x: Hidden, view: View, looks: "Looks", rate: float, key: Key[Array, ""] | None, constrain: Constrain
+    ) -> Hidden:
         """All positions of a sequence at once."""
         for name in self.names:
             body = getattr(self, name)
             inner = outer = None
             if key is not None:
                 key, inner, outer = jax.random.split(key, 3)
-            h = body.norm(x)
-            if isinstance(body, FeedForward):
-                y = body(h, rate, inner)
-            else:
-                own = body.source == "self"
-                k, v = body.keys_values(h if own else view.memory)
-                mask, bias = (view.mask, view.bias) if own else (view.memory_mask, None)
-                y = body.output(attend(body.queries(h), k, v, mask, bias, rate, inner))
-            x = constrain(x + dropout(y, rate, outer), _STATES)
+
+            def run(h, body=body, inner=inner):
+                if isinstance(body, FeedForward):
+                    return body(h, rate, inner)
+                seen = []
+                if body.spec.reads_itself:
+                    k, v = body.keys_values(h, view.positions)
+                    seen.append(Seen(k, v, *looks(body)))
+                if body.spec.reads_memory:
+                    k, v = body.keys_values(view.memory)
+                    seen.append(Seen(k, v, view.memory_mask))
+                return body.attended(body.queries(h, view.positions), seen, rate, inner)
+
+            x = constrain(self._around(x, body, run, partial(dropout, rate=rate, key=outer)), _STATES)
         return x
 
-    def step(self, x: Float[Array, "R Q D"], cache: PyTree, view: "StepView") -> tuple[Float[Array, "R Q D"], PyTree]:
-        """A block of Q new positions per row against the cache; returns the cache with the block written."""
-        cache = dict(cache)
+    def step(
+        self, x: Float[Array, "R Q D"], cache: PyTree, view: View, looks: "Looks"
+    ) -> tuple[Float[Array, "R Q D"], PyTree]:
+        """A block of Q new positions per row against the cache; returns the own keys and values with it written."""
+        written: dict[str, PyTree] = {}
         for name in self.names:
             body = getattr(self, name)
-            h = body.norm(x)
-            if isinstance(body, FeedForward):
-                y = body(h, 0.0, None)
-            elif body.source == "self":
-                k, v = body.keys_values(h)
-                keys = _write(cache[name]["key"], k, view.start)
-                values = _write(cache[name]["value"], v, view.start)
-                cache[name] = {"key": keys, "value": values}
-                y = body.output(attend(body.queries(h), keys, values, view.mask, view.bias))
-            else:
-                # Beams of one source share its keys: fold them into the query axis instead of copying keys.
-                k, v = cache[name]["key"], cache[name]["value"]
-                q = body.queries(h)
-                beams = q.reshape(k.shape[0], -1, *q.shape[1:])
-                folded = jnp.swapaxes(beams, 1, 2).reshape(*k.shape[:2], -1, k.shape[3])
-                attended = attend(folded, k, v, view.memory_mask).reshape(jnp.swapaxes(beams, 1, 2).shape)
-                y = body.output(jnp.swapaxes(attended, 1, 2).reshape(q.shape))
-            x = x + y
-        return x, cache
+
+            def run(h, body=body, name=name):
+                if isinstance(body, FeedForward):
+                    return body(h, 0.0, None)
+                seen = []
+                if body.spec.reads_itself:
+                    k, v = body.keys_values(h, view.positions)
+                    own = cache["self"][name]
+                    start = view.queries[:, 0]
+                    written[name] = {"key": _write(own["key"], k, start), "value": _write(own["value"], v, start)}
+                    seen.append(Seen(written[name]["key"], written[name]["value"], *looks(body)))
+                if body.spec.reads_memory:
+                    cross = cache["cross"][name]
+                    seen.append(Seen(cross["key"], cross["value"], view.memory_mask))
+                return body.attended(body.queries(h, view.positions), seen, 0.0, None)
+
+            x = self._around(x, body, run, lambda y: y)
+        return x, written
+
+    def _around(
+        self, x: Hidden, body: Any, run: Callable[[Hidden], Hidden], drop: Callable[[Hidden], Hidden]
+    ) -> Hidden:
+        order, alpha = self.residual.order, self.residual.alpha
+        if order == "post":
+            return body.norm(alpha * x + drop(run(x)))
+        y = run(body.norm(x))
+        return x + drop(body.post_norm(y) if order == "sandwich" else y)
 
 
-@dataclass(frozen=True)
-class StepView:
-    """What every layer of one cached block looks at."""
+class Looks:
+    """Masks and biases of one pass, made once for every kind of attention that the stack holds, outside of its loop."""
 
-    start: Int[Array, "R"]
-    mask: Bool[Array, "R 1 Q M"]
-    bias: Float[Array, "R H Q M"]
-    memory_mask: Bool[Array, "B 1 1 S"]
+    def __init__(self, view: View, specs: list[AttentionSpec]):
+        self._view = view
+        self._masks, self._biases = {}, {}
+        for spec in specs:
+            if not spec.reads_itself:
+                continue
+            if spec.window not in self._masks:
+                self._masks[spec.window] = view.mask(spec)
+            if spec.position.table() != "layer" and (spec.position, spec.heads) not in self._biases:
+                self._biases[spec.position, spec.heads] = view.bias(spec, view.shared)
+
+    def __call__(self, body: Attention) -> tuple[Bool[Array, "_ 1 T M"], Float[Array, "_ H T M"] | None]:
+        spec = body.spec
+        if spec.position.table() == "layer":
+            bias = self._view.bias(spec, body.position[...])
+        else:
+            bias = self._biases[spec.position, spec.heads]
+        return self._masks[spec.window], bias
 
 
-def _write(slots: Float[Array, "R H M K"], block: Float[Array, "R H Q K"], start: Int[Array, "R"]) -> Array:
+def _write(slots: Float[Array, "R G M K"], block: Float[Array, "R G Q K"], start: Int[Array, "R"]) -> Array:
     """Rows of `block` stored at slots start[r], start[r] + 1, …"""
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))(slots, block, start)
 
 
 class Group(nnx.Module):
-    """The smallest repeating pattern of layers."""
+    """The smallest repeating pattern of layers, or the first `size` of them."""
 
-    def __init__(self, d_model: int, specs: tuple[LayerSpec, ...], rngs: nnx.Rngs):
-        self.size = len(specs)
-        for index, spec in enumerate(specs):
-            setattr(self, str(index), Layer(d_model, spec, rngs))
+    def __init__(self, d_model: int, memory_width: int, config: StackConfig, size: int, rngs: nnx.Rngs):
+        self.size = size
+        for index, spec in enumerate(config.group[:size]):
+            setattr(self, str(index), Layer(d_model, memory_width, config, spec, rngs))
 
     def layers(self) -> list[Layer]:
         return [getattr(self, str(index)) for index in range(self.size)]
 
 
 class Frame(nnx.Module):
-    """What a stack owns once: the relative-position table and the final norm."""
+    """What a stack owns once: a shared relative-position table, absolute positions, norms before and after."""
 
     def __init__(self, d_model: int, config: StackConfig, rngs: nnx.Rngs):
-        buckets = config.position.buckets
-        std = (2.0 / (config.heads + buckets)) ** 0.5
-        self.position = parameter(rngs, (config.heads, buckets), std, ("heads", "buckets"))
-        self.final_norm = RMSNorm(d_model)
+        shared, embedding = config.shared_table(), config.embedding
+        if shared:
+            self.position = position_table(shared.heads, shared, rngs)
+        if embedding.positions == "learned":
+            length = (embedding.length or 0) + embedding.offset
+            self.absolute = parameter(rngs, (length, d_model), 0.02, ("positions", "embed"))
+        if embedding.norm:
+            self.embedding_norm = Norm(d_model, config.norm)
+        if config.final_norm:
+            self.final_norm = Norm(d_model, config.norm)
 
 
 class Stack:
-    """Parameters: {"layers": stacked groups, "position", "final_norm"}."""
+    """Parameters: {"layers": stacked groups, "rest": what is left of a group, and what `Frame` holds}."""
 
-    def __init__(self, d_model: int, config: StackConfig):
+    def __init__(self, d_model: int, memory_width: int, config: StackConfig):
         self.config = config
         self._frame = Template(partial(Frame, d_model, config))
-        self._group = Template(partial(Group, d_model, config.group), config.repeats)
+        group = partial(Group, d_model, memory_width, config)
+        self._group = Template(partial(group, len(config.group)), config.repeats)
+        self._rest = Template(partial(group, config.rest))  # of no layers, and then without parameters, for most
 
     def init(self, key: Key[Array, ""]) -> Params:
         frame, group = jax.random.split(key)
-        return {**self._frame.init(frame), "layers": self._group.init(group)}
+        params = {**self._frame.init(frame), "layers": self._group.init(group)}
+        if self.config.rest:
+            params["rest"] = self._rest.init(jax.random.fold_in(group, 1))
+        return params
 
     def axes(self) -> PyTree:
-        return {**self._frame.axes(), "layers": self._group.axes()}
+        axes = {**self._frame.axes(), "layers": self._group.axes()}
+        return {**axes, "rest": self._rest.axes()} if self.config.rest else axes
 
     def _bind_frame(self, params: Params) -> Any:
-        return self._frame.bind({name: params[name] for name in ("position", "final_norm")})
+        return self._frame.bind({name: p for name, p in params.items() if name not in ("layers", "rest")})
+
+    def enter(self, params: Params, rows: Hidden, positions: Int[Array, "#B T"]) -> Hidden:
+        """Rows of the input table as the first layer reads them."""
+        spec, frame = self.config.embedding, self._bind_frame(params)
+        x = rows if spec.gradient == 1.0 else spec.gradient * rows + (1 - spec.gradient) * jax.lax.stop_gradient(rows)
+        if spec.multiply != 1.0:
+            x = x * jnp.asarray(spec.multiply, x.dtype)
+        if spec.positions == "learned":
+            x = x + frame.absolute[...].astype(x.dtype)[positions + spec.offset]
+        elif spec.positions == "sinusoidal":
+            x = x + sinusoids(positions + spec.offset, x.shape[-1]).astype(x.dtype)
+        return frame.embedding_norm(x) if spec.norm else x
 
     def forward(
         self,
         params: Params,
-        x: Hidden,
+        rows: Hidden,
         segments: Segments,
         memory: SourceHidden | None,
         memory_segments: SourceSegments | None,
         key: Key[Array, ""] | None,
         constrain: Constrain,
     ) -> Hidden:
-        """Final normed states of whole sequences. key: dropout key, or None for evaluation."""
+        """Final normed states of whole sequences, from rows of the input table. key: dropout key, or None for
+        evaluation.
+        """
         config, frame = self.config, self._bind_frame(params)
-        at = jnp.arange(x.shape[1])
-        bias = relative_bias(frame.position[...], at, at, causal=config.causal, spec=config.position)
-        cross = None if memory is None else segment_mask(segments, memory_segments)
-        view = View(segment_mask(segments, segments, causal=config.causal), bias[None], memory, cross)
+        at = jnp.arange(rows.shape[1])
+        view = View(
+            queries=at,
+            keys=at,
+            positions=segment_positions(segments),
+            causal=config.causal,
+            shared=frame.position[...] if config.shared_table() else None,
+            segments=segment_mask(segments, segments),
+            memory=memory,
+            memory_mask=None if memory_segments is None else segment_mask(segments, memory_segments)[:, None],
+        )
+        looks = Looks(view, config.attentions())
         keys = None if key is None else jax.random.split(key, config.repeats + 2)
         rate = config.dropout
 
+        def run_layers(x: Hidden, layers: list[Layer], key: Key[Array, ""] | None) -> Hidden:
+            for index, layer in enumerate(layers):
+                layer_key = None if key is None else jax.random.fold_in(key, index)
+                x = layer.forward(x, view, looks, rate, layer_key, constrain)
+            return x
+
         def run_group(x: Hidden, group: tuple[Params, Any]) -> tuple[Hidden, None]:
-            group_params, group_key = group
-            for index, layer in enumerate(self._group.bind(group_params).layers()):
-                layer_key = None if group_key is None else jax.random.fold_in(group_key, index)
-                x = layer.forward(x, view, rate, layer_key, constrain)
-            return x, None
+            return run_layers(x, self._group.bind(group[0]).layers(), group[1]), None
+
+        def run_rest(x: Hidden, rest: Params) -> Hidden:
+            key = None if keys is None else jax.random.fold_in(keys[1], 1)
+            return run_layers(x, self._rest.bind(rest).layers(), key)
 
         if config.remat != "none":
             run_group = jax.checkpoint(run_group, policy=_SAVED[config.remat], prevent_cse=not config.scan)
+            run_rest = jax.checkpoint(run_rest, policy=_SAVED[config.remat])
+        x = self.enter(params, rows, view.positions)
         x = constrain(dropout(x, rate, None if keys is None else keys[0]), _STATES)
         layers = (params["layers"], None if keys is None else keys[2:])
         if config.scan:
@@ -182,11 +281,15 @@ class Stack:
         else:
             for index in range(config.repeats):
                 x, _ = run_group(x, jax.tree.map(lambda leaf, i=index: leaf[i], layers))
-        return dropout(frame.final_norm(x), rate, None if keys is None else keys[1])
+        if config.rest:
+            x = run_rest(x, params["rest"])
+        x = frame.final_norm(x) if config.final_norm else x
+        return dropout(x, rate, None if keys is None else keys[1])
 
     def layer_list(self, params: Params) -> list[Layer]:
         """Every layer with its own parameters, first to last."""
-        return [layer for group in self.unrolled(params)["layers"] for layer in self._group.bind(group).layers()]
+        layers = [layer for group in self.unrolled(params)["layers"] for layer in self._group.bind(group).layers()]
+        return layers + (self._rest.bind(params["rest"]).layers() if self.config.rest else [])
 
     def unrolled(self, params: Params) -> Params:
         """The parameters with a tuple of groups in place of the stacked ones. Does nothing to such parameters."""
@@ -195,8 +298,10 @@ class Stack:
             groups = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], groups) for i in range(self.config.repeats))
         return {**params, "layers": groups}
 
-    def init_cache(self, params: Params, memory: SourceHidden, rows: int, length: int) -> tuple[PyTree, tuple]:
-        """(cross keys and values per layer, empty self slots per layer): see `Transformer.init_cache`."""
+    def init_cache(
+        self, params: Params, memory: SourceHidden | None, rows: int, length: int, dtype: jnp.dtype
+    ) -> tuple[PyTree, PyTree]:
+        """(memory keys and values per layer, empty self slots per layer): see `Transformer.init_cache`."""
         cross, own = [], []
         for layer in self.layer_list(params):
             attentions = {n: getattr(layer, n) for n in layer.names if isinstance(getattr(layer, n), Attention)}
@@ -204,35 +309,40 @@ class Stack:
                 {
                     n: dict(zip(("key", "value"), a.keys_values(memory), strict=True))
                     for n, a in attentions.items()
-                    if a.source == "cross"
+                    if a.spec.reads_memory
                 }
             )
             own.append(
                 {
-                    n: {kind: jnp.zeros((rows, heads, length, size), memory.dtype) for kind in ("key", "value")}
+                    n: {
+                        kind: jnp.zeros((rows, a.spec.key_heads, length, a.spec.head_dim), dtype)
+                        for kind in ("key", "value")
+                    }
                     for n, a in attentions.items()
-                    for _, heads, size in [a.query.shape]
-                    if a.source == "self"
+                    if a.spec.reads_itself
                 }
             )
         return tuple(cross), tuple(own)
 
     def step(
-        self, params: Params, x: Float[Array, "R Q D"], cache: PyTree
+        self, params: Params, rows: Float[Array, "R Q D"], cache: PyTree
     ) -> tuple[Float[Array, "R Q D"], tuple[PyTree, ...]]:
         """Final normed states of a block of Q positions per row, and the self slots with the block written."""
         config, frame = self.config, self._bind_frame(params)
         slots = jax.tree.leaves(cache["self"])[0].shape[2]
-        queries = cache["length"][:, None] + jnp.arange(x.shape[1])
-        keys = jnp.arange(slots)
-        view = StepView(
-            start=cache["length"],
-            mask=(keys[None, None, :] <= queries[:, :, None])[:, None],
-            bias=relative_bias(frame.position[...], queries, keys, causal=config.causal, spec=config.position),
-            memory_mask=cache["source_mask"][:, None, None, :],
+        at = cache["length"][:, None] + jnp.arange(rows.shape[1])
+        memory_mask = cache.get("source_mask")
+        view = View(
+            queries=at,
+            keys=jnp.arange(slots),
+            positions=at,
+            causal=config.causal,
+            shared=frame.position[...] if config.shared_table() else None,
+            memory_mask=None if memory_mask is None else memory_mask[:, None, None, :],
         )
-        written = []
+        looks = Looks(view, config.attentions())
+        x, written = self.enter(params, rows, at), []
         for layer, own, cross in zip(self.layer_list(params), cache["self"], cache["cross"], strict=True):
-            x, updated = layer.step(x, {**own, **cross}, view)
-            written.append({name: updated[name] for name in own})
-        return frame.final_norm(x), tuple(written)
+            x, updated = layer.step(x, {"self": own, "cross": cross}, view, looks)
+            written.append(updated)
+        return frame.final_norm(x) if config.final_norm else x, tuple(written)

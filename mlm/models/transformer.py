@@ -16,24 +16,33 @@ from mlm.types import Batch, Constrain, Hidden, Logits, Params, PyTree, SourceHi
 
 
 class Output(NamedTuple):
-    """hidden: decoder states after the final norm, what the head reads. encoded: the encoder's."""
+    """hidden: the last stack's states after its final norm, what the head reads. encoded: the encoder's, if any."""
 
     hidden: Hidden
-    encoded: SourceHidden
+    encoded: SourceHidden | None
 
 
 class Ends(nnx.Module):
-    """The input table and, unless tied, the output matrix. Initial std: 1 and D^-1/2 (T5 1.1)."""
+    """Input tables and, unless tied, the output matrix. Initial std: 1 / multiplier of the table, D^-1/2 of the head.
+
+    One table serves both stacks, or "encoder_embedding" the encoder and "embedding" the decoder and a tied head.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, width = config.vocab_size, config.d_model
-        self.embedding = parameter(rngs, (size, width), 1.0, ("vocab", "embed"))
-        if config.head == "linear":
+        stacks = config.stacks()
+        last = stacks[next(reversed(stacks))]
+        self.embedding = parameter(rngs, (size, width), 1.0 / last.embedding.multiply, ("vocab", "embed"))
+        if not config.share_embedding and len(stacks) == 2:
+            std = 1.0 / stacks["encoder"].embedding.multiply
+            self.encoder_embedding = parameter(rngs, (size, config.memory_width), std, ("vocab", "embed"))
+        if config.head.kind == "linear":
             self.head = parameter(rngs, (width, size), width**-0.5, ("embed", "vocab"))
 
 
 class Transformer:
-    """An encoder-decoder. Holds no arrays: `init` makes them, every other method takes them.
+    """Encoder-decoder, decoder or encoder, as the config says. Holds no arrays: `init` makes them, every other method
+    takes them.
 
     constrain(x, logical axes) pins activations to a mesh; the default leaves them alone.
     """
@@ -43,37 +52,38 @@ class Transformer:
         self._constrain = constrain
         self._dtype = jnp.dtype(config.dtype)
         self._ends = Template(partial(Ends, config))
-        self._encoder = Stack(config.d_model, config.encoder)
-        self._decoder = Stack(config.d_model, config.decoder)
+        width = {"encoder": config.memory_width, "decoder": config.d_model}
+        self._stacks = {name: Stack(width[name], config.memory_width, stack) for name, stack in config.stacks().items()}
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh float32 parameters: {"embedding", "head", "encoder": {...}, "decoder": {...}}."""
+        """Fresh float32 parameters: {"embedding", "head", "encoder": {...}, "decoder": {...}}, those that there are."""
         ends, encoder, decoder = jax.random.split(key, 3)
-        return {
-            **self._ends.init(ends),
-            "encoder": self._encoder.init(encoder),
-            "decoder": self._decoder.init(decoder),
-        }
+        keys = {"encoder": encoder, "decoder": decoder}
+        return {**self._ends.init(ends), **{name: stack.init(keys[name]) for name, stack in self._stacks.items()}}
 
     def axes(self) -> PyTree:
         """Logical axis names of every parameter, a tuple per leaf."""
-        return {**self._ends.axes(), "encoder": self._encoder.axes(), "decoder": self._decoder.axes()}
+        return {**self._ends.axes(), **{name: stack.axes() for name, stack in self._stacks.items()}}
 
     def shapes(self) -> PyTree:
         """Shape and dtype of every parameter; allocates nothing."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def __call__(self, params: Params, batch: Batch, key: Key[Array, ""] | None = None) -> Output:
-        """Teacher-forced decoder states of a text-to-text batch (`mlm.types.ROW_FEATURES`), packed or not.
+        """Final states of a text-to-text batch (`mlm.types.ROW_FEATURES`), packed or not; teacher-forced in a decoder.
 
-        key: dropout key, or None for evaluation.
+        A model of one stack reads only that stack's features. key: dropout key, or None for evaluation.
         """
         source, target = (None, None) if key is None else jax.random.split(key)
-        segments = batch["encoder_segment_ids"]
-        encoded = self.encode(params, batch["encoder_input_tokens"], segments, source)
-        hidden = self._decoder.forward(
+        encoded = segments = None
+        if "encoder" in self._stacks:
+            segments = batch["encoder_segment_ids"]
+            encoded = self.encode(params, batch["encoder_input_tokens"], segments, source)
+        if "decoder" not in self._stacks:
+            return Output(encoded, encoded)
+        hidden = self._stacks["decoder"].forward(
             params["decoder"],
-            self._embed(params, batch["decoder_input_tokens"]),
+            self._rows(params, "decoder", batch["decoder_input_tokens"]),
             batch["decoder_segment_ids"],
             encoded,
             segments,
@@ -92,36 +102,44 @@ class Transformer:
         """Encoder states after the final norm. Without segments every token but padding (id 0) is one example."""
         if segments is None:
             segments = (tokens != 0).astype(jnp.int32)
-        x = self._embed(params, tokens)
-        return self._encoder.forward(params["encoder"], x, segments, None, None, key, self._constrain)
+        rows = self._rows(params, "encoder", tokens)
+        return self._stacks["encoder"].forward(params["encoder"], rows, segments, None, None, key, self._constrain)
 
     def head(self, params: Params) -> Float[Array, "D V"]:
-        """The output matrix. Tied: the input table, scaled by D^-1/2 (Raffel et al. 2020)."""
-        if self.config.head == "linear":
-            return params["head"]
-        return params["embedding"].T * self.config.d_model**-0.5
+        """The output matrix, times the head's multiplier (D^-1/2 for T5 with a tied head)."""
+        head = self.config.head
+        matrix = params["head"] if head.kind == "linear" else params["embedding"].T
+        return matrix if head.multiply == 1.0 else matrix * head.multiply
 
     def logits(self, params: Params, hidden: Hidden) -> Logits:
         """Float32 logits over the vocabulary, in nats."""
-        kernel = self.head(params).astype(self._dtype)
-        return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+        kernel, softcap = self.head(params).astype(self._dtype), self.config.head.softcap
+        logits = jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
     def unrolled(self, params: Params) -> Params:
         """Parameters for `step` in a loop: without the stacking, whose slices would be copied at every pass."""
-        return {**params, "decoder": self._decoder.unrolled(params["decoder"])}
+        return {**params, "decoder": self._stacks["decoder"].unrolled(params["decoder"])}
 
     def init_cache(
-        self, params: Params, encoded: SourceHidden, source_mask: Bool[Array, "B S"], rows: int, length: int
+        self,
+        params: Params,
+        encoded: SourceHidden | None,
+        source_mask: Bool[Array, "B S"] | None,
+        rows: int,
+        length: int,
     ) -> PyTree:
         """The decoding state of `rows` rows (batch x beams) with `length` slots each.
 
         {"length": [R] slots in use, "self": per layer, name, key|value [R, H, length, K],
          "cross": per layer the source's keys and values, computed once and kept at B rows, "source_mask": [B, S]}.
+        encoded and source_mask are None for a decoder alone.
         A permutation of beams gathers axis 0 of "length" and of every leaf of "self"; the rest is shared.
         """
-        if rows % encoded.shape[0]:
+        if encoded is not None and rows % encoded.shape[0]:
             raise ValueError(f"rows={rows} must be a multiple of the {encoded.shape[0]} sources: rows = batch x beams")
-        cross, own = self._decoder.init_cache(params["decoder"], encoded, rows, length)
+        decoder = self._stacks["decoder"]
+        cross, own = decoder.init_cache(params["decoder"], encoded, rows, length, self._dtype)
         return {"length": jnp.zeros(rows, jnp.int32), "self": own, "cross": cross, "source_mask": source_mask}
 
     def step(
@@ -132,8 +150,11 @@ class Transformer:
         Their keys stand in slots length, length + 1, …; "length" itself is not advanced, so a caller commits n of the
         Q tokens by adding n to it, and rolls back by not adding. length + Q must not exceed the slots.
         """
-        hidden, own = self._decoder.step(params["decoder"], self._embed(params, tokens), cache)
+        rows = self._rows(params, "decoder", tokens)
+        hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache)
         return self.logits(params, hidden), hidden, {**cache, "self": own}
 
-    def _embed(self, params: Params, tokens: Int[Array, "B T"]) -> Hidden:
-        return params["embedding"].astype(self._dtype)[tokens]
+    def _rows(self, params: Params, stack: str, tokens: Int[Array, "B T"]) -> Hidden:
+        """Rows of the stack's input table."""
+        own = f"{stack}_embedding"
+        return params[own if own in params else "embedding"].astype(self._dtype)[tokens]

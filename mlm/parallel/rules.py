@@ -25,9 +25,10 @@ RULES: Rules = (  # logical axis, mesh axis or axes (None: whole on every device
     ("vocab", "tensor"),
     ("mlp", "tensor"),
     ("heads", "tensor"),
-    ("kv_heads", "tensor"),
     ("embed", "fsdp"),
+    ("kv_heads", None),
     ("head_dim", None),
+    ("positions", None),
     ("length", None),
     ("layers", None),  # stacked layers are scanned over: every device needs every layer
     ("buckets", None),

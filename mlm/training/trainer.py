@@ -105,9 +105,12 @@ class Trainer:
 def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mesh | None = None) -> Callable[..., Loss]:
     """loss(params, batch, dropout key or None): the model's decoder states through head and objective.
 
-    mesh: lets the head work on each device's part of the vocabulary; None on one device.
+    mesh: lets the head work on each device's part of the vocabulary; None on one device. Raises ValueError for a model
+    without a decoder.
     """
     objective = OBJECTIVES[config.objective]
+    if model.config.decoder is None:
+        raise ValueError(f"objective {config.objective!r} predicts decoder targets, and this model has no decoder")
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
         output = model(params, batch, key)
@@ -118,6 +121,7 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
             num_languages=languages,
             z_loss=config.z_loss,
             label_smoothing=config.label_smoothing,
+            softcap=model.config.head.softcap,
             chunk=config.loss_chunk,
             mesh=mesh,
         )

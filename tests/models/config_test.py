@@ -5,7 +5,20 @@ import dataclasses
 import pytest
 
 from mlm import trees
-from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, PositionSpec, StackConfig, from_json, to_json
+from mlm.models.config import (
+    AttentionSpec,
+    EmbeddingSpec,
+    FFNSpec,
+    HeadSpec,
+    LayerSpec,
+    NormSpec,
+    PositionSpec,
+    ResidualSpec,
+    StackConfig,
+    deep_norm,
+    from_json,
+    to_json,
+)
 from mlm.models.presets import PRESETS, preset
 from mlm.models.transformer import Transformer
 
@@ -22,6 +35,37 @@ PUBLISHED = {
     "mt5_large": 1_229_581_312,
     "mt5_xl": 3_742_619_648,
     "mt5_xxl": 12_921_057_280,
+    # T5 1.0: Vd + L_e(attn + 2 d f + 2d) + L_d(2 attn + 2 d f + 3d) + 2d + 64h; Hugging Face's counts.
+    "t5_small": 60_506_624,
+    "t5_base": 222_903_552,
+    "t5_large": 737_668_096,
+    "t5_3b": 2_851_598_336,
+    "t5_11b": 11_307_321_344,
+    # mT5 with V = 256384 and (L_e + L_d) 32 h position biases: small 300,176,768 + 2*6272*512 + (16 - 2)*192.
+    "umt5_small": 306_601_984,
+    "umt5_base": 592_043_520,
+    "umt5_large": 1_242_449_920,
+    "umt5_xl": 3_768_356_864,
+    "umt5_xxl": 12_972_531_712,
+    "byt5_small": 299_637_760,
+    "byt5_base": 581_653_248,
+    "byt5_large": 1_228_183_552,
+    "byt5_xl": 3_737_801_728,
+    "byt5_xxl": 12_906_899_328,
+    # Vd + L (2 d h d_h + 2 d kv d_h + 3 d f + 4d + 2 d_h) + d for each stack, joint or not.
+    # 270M: 262144*640 + 2 * (18 * (2*640*1024 + 2*640*256 + 3*640*2048 + 4*640 + 512) + 640) = 368,424,192.
+    "gemma_3_270m": 268_098_176,
+    "gemma_3_1b": 999_885_952,
+    "t5gemma2_270m": 368_424_192,
+    "t5gemma2_1b": 1_697_782_016,
+    "t5gemma2_4b": 7_089_110_016,
+    # Vd + L_e(4d^2 + 2 d f + 9d + f) + L_d(8d^2 + 2 d f + 15d + f) + 4d with biases; no positions to learn.
+    # 600M: 256206*1024 + 12*(4*1024^2 + 2*1024*4096 + 9*1024 + 4096) + 12*(8*1024^2 + ... + 15*1024 + 4096) + 4096.
+    "nllb_600m": 615_073_792,
+    "nllb_1_3b": 1_370_638_336,
+    "nllb_3_3b": 3_344_863_232,
+    "m2m_100_418m": 483_905_536,
+    "mbart_50": 610_879_488,
 }
 
 
@@ -34,7 +78,7 @@ def test_every_preset_builds_and_survives_json():
     for name in PRESETS:
         config = preset(name, dropout=0.1, remat="full", scan=False, dtype="bfloat16", vocab_size=1000)
         assert from_json(to_json(config)) == config
-        assert config.encoder.dropout == config.decoder.dropout == 0.1
+        assert {stack.dropout for stack in config.stacks().values()} == {0.1}
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest():
@@ -52,7 +96,10 @@ def test_json_with_an_unknown_field_names_it():
 ATTENTION = AttentionSpec(source="self", heads=2, head_dim=4)
 CROSS = AttentionSpec(source="cross", heads=2, head_dim=4)
 TINY = preset("tiny")
-LAYER = LayerSpec(sublayers=(ATTENTION, FFNSpec(d_ff=8)))
+BUCKETS = dataclasses.replace(ATTENTION, position=PositionSpec())
+LAYER = LayerSpec(sublayers=(BUCKETS, FFNSpec(d_ff=8)))
+OTHER = LayerSpec(sublayers=(dataclasses.replace(BUCKETS, heads=4), FFNSpec(d_ff=8)))
+ROPE = PositionSpec(kind="rope")
 
 
 @pytest.mark.parametrize(
@@ -67,9 +114,31 @@ LAYER = LayerSpec(sublayers=(ATTENTION, FFNSpec(d_ff=8)))
         (lambda: StackConfig(group=(LAYER,), repeats=1, causal=False, remat="som"), r"remat='som' is not one of"),
         (
             lambda: StackConfig(group=(LayerSpec(sublayers=(CROSS,)),), repeats=1, causal=True),
-            r"found no self-attention",
+            r"holds self-attention, so tokens never meet",
         ),
-        (lambda: dataclasses.replace(preset("tiny"), head="lin"), r"head='lin' is not one of"),
+        (lambda: HeadSpec(kind="lin"), r"HeadSpec.kind='lin' is not one of .*did you mean 'linear'"),
+        (lambda: HeadSpec(softcap=0.0), r"HeadSpec.softcap=0.0 must be above 0"),
+        (lambda: AttentionSpec(source="self", heads=6, head_dim=4, kv_heads=4), r"kv_heads=4 .*heads=6; .*1, 2, 3, 6"),
+        (lambda: AttentionSpec(source="cross", heads=2, head_dim=4, window=3), r"window=3 .*must be None"),
+        (lambda: AttentionSpec(source="self", heads=2, head_dim=3, position=ROPE), r"head_dim=3 must be even"),
+        (
+            lambda: AttentionSpec(source="self", heads=2, head_dim=4, qk_norm="l2_scalar", scale=0.5),
+            r"learns its scale; scale=0.5 must be None",
+        ),
+        (lambda: PositionSpec(kind="alibbi"), r"did you mean 'alibi'"),
+        (lambda: NormSpec(kind="layer", offset_one=True), r"offset_one=True belongs to kind='rms'"),
+        (lambda: ResidualSpec(order="pre", alpha=2.0), r"alpha=2.0 belongs to order='post'"),
+        (lambda: EmbeddingSpec(positions="learned"), r"length=None: a learned table"),
+        (lambda: EmbeddingSpec(length=8), r"positions='none' with length=8"),
+        (lambda: dataclasses.replace(TINY.encoder, rest=1), r"rest=1 must be less than the group's 1 layers"),
+        (lambda: StackConfig(group=(LAYER, OTHER), repeats=1, causal=False), r"heads and buckets must agree"),
+        (lambda: dataclasses.replace(TINY, encoder=None, decoder=None), r"found neither"),
+        (lambda: dataclasses.replace(TINY, encoder=None), r"there is no encoder to read"),
+        (lambda: dataclasses.replace(TINY, encoder_width=64), r"encoder_width=64 .*share_embedding=False"),
+        (
+            lambda: dataclasses.replace(preset("t5gemma2_270m"), encoder_width=64, share_embedding=False),
+            r"joint attention reads encoder and decoder with the same matrices",
+        ),
         (
             lambda: dataclasses.replace(preset("tiny"), encoder=preset("tiny").decoder),
             r"encoder.causal=True, decoder.causal=True.*set False and True",
@@ -88,3 +157,14 @@ def test_nonsense_is_refused(build, message):
 def test_repeated_sublayers_get_distinct_names():
     layer = LayerSpec(sublayers=(ATTENTION, FFNSpec(d_ff=8), CROSS, FFNSpec(d_ff=8)))
     assert layer.names() == ("self_attention", "ffn", "cross_attention", "ffn_2")
+
+
+def test_deep_norm_has_the_published_constants():
+    # N = M = 6: 0.81 (6^5)^(1/16) = 1.418, 0.87 (6^5)^(-1/16) = 0.497, 18^(1/4) = 2.060, 72^(-1/4) = 0.343.
+    encoder, decoder = deep_norm(6, 6)
+    assert (encoder.alpha, encoder.gain) == pytest.approx((1.418, 0.497), abs=1e-3)
+    assert (decoder.alpha, decoder.gain) == pytest.approx((2.060, 0.343), abs=1e-3)
+    # One stack of 70: 140^(1/4) = 3.440, 560^(-1/4) = 0.2056.
+    assert deep_norm(None, 70)[1].alpha == pytest.approx(3.440, abs=1e-3)
+    with pytest.raises(ValueError, match="at least one stack"):
+        deep_norm(None, None)

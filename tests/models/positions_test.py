@@ -1,11 +1,19 @@
-"""Goldens of T5's relative buckets, worked from the formula with 32 buckets and max distance 128."""
+"""Goldens of T5's relative buckets (32 buckets, max distance 128), ALiBi, rotation and sinusoids."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlm.models.config import PositionSpec
-from mlm.models.positions import relative_bias, relative_bucket
+from mlm.models.positions import (
+    alibi_bias,
+    alibi_slopes,
+    relative_bias,
+    relative_bucket,
+    rotate,
+    segment_positions,
+    sinusoids,
+)
 
 # Bidirectional: 16 buckets a side, 8 exact; rel = -12: 8 + floor(ln(12/8)/ln(16) * 8) = 8 + floor(1.17) = 9.
 BIDIRECTIONAL = {
@@ -30,3 +38,41 @@ def test_bias_of_one_query_is_a_row_of_the_whole():
     row = relative_bias(table, jnp.array([[13]]), at, causal=True, spec=PositionSpec())
     assert whole.shape == (2, 20, 20)
     np.testing.assert_array_equal(row[0, :, 0], whole[:, 13])
+
+
+def test_alibi_slopes():
+    np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    # 12 heads: those of 8, then every second one of 16: 2^-0.5, 2^-1.5, 2^-2.5, 2^-3.5.
+    np.testing.assert_allclose(alibi_slopes(12)[8:], [0.7071, 0.3536, 0.1768, 0.0884], atol=1e-4)
+    at = jnp.arange(5)
+    np.testing.assert_allclose(alibi_bias(2, at, at)[1, 4], [-4 / 256, -3 / 256, -2 / 256, -1 / 256, 0])
+
+
+def test_rotation_golden():
+    # K = 4, base 1e4, position 3: angles 3 and 0.03; (1, 3) and (2, 4) are the pairs.
+    # 1 cos 3 - 3 sin 3 = -1.4134; 2 cos .03 - 4 sin .03 = 1.8791; 3 cos 3 + 1 sin 3 = -2.8289; 4.0582.
+    x = jnp.array([1.0, 2.0, 3.0, 4.0])[None, None, None]
+    got = rotate(x, jnp.array([[3]]), base=1e4)[0, 0, 0]
+    np.testing.assert_allclose(got, [-1.4134, 1.8791, -2.8289, 4.0582], atol=1e-4)
+    np.testing.assert_allclose(rotate(x, jnp.array([[24]]), base=1e4, factor=8.0)[0, 0, 0], got, rtol=1e-6)
+
+
+def test_rotated_products_know_only_distances():
+    q, k = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)), jnp.float32)
+    product = [
+        float((rotate(q, jnp.array([[i]]), base=1e4) * rotate(k, jnp.array([[j]]), base=1e4)).sum())
+        for i, j in ((5, 2), (105, 102), (2, 5))
+    ]
+    assert product[0] == pytest.approx(product[1], rel=1e-4)
+    assert product[0] != pytest.approx(product[2], rel=1e-2)
+
+
+def test_sinusoids_are_sines_then_cosines():
+    # Width 4: frequencies 1 and 1e-4; position 2.
+    want = [np.sin(2), np.sin(2e-4), np.cos(2), np.cos(2e-4)]
+    np.testing.assert_allclose(sinusoids(jnp.array([[2]]), 4)[0, 0], want, rtol=1e-6)
+
+
+def test_positions_start_anew_in_every_example():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0, 0], [3, 3, 3, 3, 4, 5, 5]])
+    assert segment_positions(segments).tolist() == [[0, 1, 0, 1, 2, 0, 1], [0, 1, 2, 3, 0, 0, 1]]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlm.models.config import HeadSpec
 from mlm.models.positions import relative_bucket
 from mlm.models.presets import preset, t5_style
 from mlm.models.transformer import Transformer
@@ -214,7 +215,7 @@ def test_dropout_needs_a_key_and_keeps_the_expectation():
 
 
 def test_tied_head_is_the_scaled_input_table():
-    config = dataclasses.replace(SMALL, head="tied")
+    config = dataclasses.replace(SMALL, head=HeadSpec(kind="tied", multiply=12**-0.5))
     model = Transformer(config)
     params = model.init(jax.random.key(0))
     assert "head" not in params

@@ -1,0 +1,200 @@
+"""Every kind of member runs each way to the same numbers: whole, packed, cached, scanned; and sees what it may."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlm.models.config import AttentionSpec, EmbeddingSpec, FFNSpec, LayerSpec, PositionSpec, StackConfig, deep_norm
+from mlm.models.presets import fairseq_style, gemma_3, t5_style, t5gemma
+from mlm.models.transformer import Transformer
+
+V, S, T = 23, 9, 7
+GEMMA = {"d_model": 12, "d_ff": 10, "heads": 4, "kv_heads": 2, "head_dim": 4, "vocab_size": V}
+
+
+def windowed(config, size):
+    """The same model with every window `size` tokens wide, so that it matters in short rows."""
+
+    def narrow(sublayer):
+        return dataclasses.replace(sublayer, window=size) if getattr(sublayer, "window", None) else sublayer
+
+    def stack(own):
+        group = tuple(LayerSpec(sublayers=tuple(map(narrow, layer.sublayers))) for layer in own.group)
+        return dataclasses.replace(own, group=group)
+
+    return dataclasses.replace(config, **{name: stack(own) for name, own in config.stacks().items()})
+
+
+def deep():
+    """Post-norm with DeepNorm's constants, ALiBi, unit-vector attention, a shrunk embedding gradient."""
+    own = AttentionSpec(source="self", heads=3, head_dim=4, qk_norm="l2_scalar", position=PositionSpec(kind="alibi"))
+    cross, ffn = AttentionSpec(source="cross", heads=3, head_dim=4), FFNSpec(d_ff=10, activation="swiglu", bias=True)
+    residuals = deep_norm(2, 2)
+    embedding = EmbeddingSpec(gradient=0.1)
+    plain = t5_style(vocab_size=V, d_model=12, d_ff=10, heads=3, head_dim=4, layers=(2, 2))
+    stacks = {
+        name: StackConfig(
+            group=(LayerSpec(sublayers=sublayers),),
+            repeats=2,
+            causal=name == "decoder",
+            residual=residual,
+            embedding=embedding,
+            final_norm=False,
+        )
+        for name, sublayers, residual in (
+            ("encoder", (own, ffn), residuals[0]),
+            ("decoder", (own, cross, ffn), residuals[1]),
+        )
+    }
+    return dataclasses.replace(plain, **stacks)
+
+
+T5 = partial(t5_style, vocab_size=V, d_model=12, d_ff=10, heads=3, head_dim=4, layers=(2, 2))
+MEMBERS = {
+    "t5": partial(T5, activation="relu", tied=True),
+    "umt5": partial(T5, share="layer"),
+    "t5gemma": lambda: windowed(t5gemma(**GEMMA, layers=4), 3),
+    "t5gemma2": lambda: windowed(gemma_3(**GEMMA, layers=8, window=3, factor=2.0, encoder=True), 3),
+    "gemma_3": lambda: windowed(gemma_3(**GEMMA, layers=8, window=3, factor=1.0, encoder=False), 3),
+    "nllb": partial(fairseq_style, d_model=32, d_ff=10, layers=2, vocab_size=V),
+    "mbart": partial(fairseq_style, d_model=32, d_ff=10, layers=2, vocab_size=V, activation="gelu", learned=True),
+    "deep": deep,
+}
+ROWS = [([5, 6, 7, 8, 9, 10, 11, 1], [3, 4, 5, 6, 7, 1]), ([11, 12, 13, 1], [14, 15, 1])]
+
+
+def batch_of(rows):
+    source, target = np.zeros((len(rows), S), np.int32), np.zeros((len(rows), T), np.int32)
+    for i, (a, b) in enumerate(rows):
+        source[i, : len(a)], target[i, : len(b)] = a, b
+    return {
+        "encoder_input_tokens": jnp.asarray(source),
+        "encoder_segment_ids": jnp.asarray((source > 0).astype(np.int32)),
+        "decoder_input_tokens": jnp.asarray(np.pad(target, ((0, 0), (1, 0)))[:, :-1]),
+        "decoder_segment_ids": jnp.asarray((target > 0).astype(np.int32)),
+    }
+
+
+@pytest.fixture(scope="module", params=sorted(MEMBERS))
+def member(request):
+    """(model, parameters away from their first values, so that norms and tables matter)."""
+    model = Transformer(MEMBERS[request.param]())
+    params = model.init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(tree, noisy)
+
+
+def logits_of(model, params, batch):
+    return model.logits(params, model(params, batch).hidden)
+
+
+def test_axes_name_every_dimension(member):
+    model, params = member
+    axes = model.axes()
+    assert jax.tree.structure(params) == jax.tree.structure(axes, is_leaf=lambda x: isinstance(x, tuple))
+    jax.tree.map(lambda x, names: x.ndim == len(names) or pytest.fail(f"{x.shape} {names}"), params, axes)
+
+
+def test_scanned_equals_unrolled_in_value_and_gradient(member):
+    model, params = member
+    stacks = {n: dataclasses.replace(s, scan=False, remat="full") for n, s in model.config.stacks().items()}
+    unrolled = Transformer(dataclasses.replace(model.config, **stacks))
+
+    def loss(params, model):
+        return jnp.mean(jnp.square(logits_of(model, params, batch_of(ROWS))))
+
+    want, got = (jax.value_and_grad(loss)(params, m) for m in (model, unrolled))
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want[1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale), got, want)
+
+
+def test_packed_rows_equal_unpacked_ones(member):
+    model, params = member
+    first, second = ([5, 6, 7, 8, 1], [3, 4, 5, 1]), ([11, 12, 13, 1], [14, 15, 1])
+    alone = logits_of(model, params, batch_of([first, second]))
+    together = logits_of(
+        model,
+        params,
+        {
+            "encoder_input_tokens": jnp.array([first[0] + second[0]]),
+            "encoder_segment_ids": jnp.array([[1] * 5 + [2] * 4]),
+            "decoder_input_tokens": jnp.array([[0, 3, 4, 5, 0, 14, 15]]),
+            "decoder_segment_ids": jnp.array([[1] * 4 + [2] * 3]),
+        },
+    )
+    np.testing.assert_allclose(together[0, :4], alone[0, :4], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(together[0, 4:], alone[1, :3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [[1] * T, [3, 1, 3]])
+def test_cached_blocks_equal_the_whole(member, blocks):
+    """Two beams a source: rows 2i and 2i + 1 read source i."""
+    model, params = member
+    batch = {name: jnp.asarray(x) for name, x in batch_of(ROWS).items()}
+    # Every position is real: what the cache holds has no padding between.
+    batch["decoder_segment_ids"] = jnp.ones_like(batch["decoder_segment_ids"])
+    want = jnp.repeat(logits_of(model, params, batch), 2, axis=0)
+    encoded = mask = None
+    if model.config.encoder:
+        mask = batch["encoder_segment_ids"] > 0
+        encoded = model.encode(params, batch["encoder_input_tokens"], batch["encoder_segment_ids"])
+    tokens = jnp.repeat(batch["decoder_input_tokens"], 2, axis=0)
+    ready = model.unrolled(params)
+    cache, got, start = model.init_cache(ready, encoded, mask, 4, T + 2), [], 0
+    for size in blocks:
+        logits, _, cache = model.step(ready, tokens[:, start : start + size], cache)
+        cache = {**cache, "length": cache["length"] + size}
+        got.append(logits)
+        start += size
+    np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_future_and_padding_are_not_seen(member):
+    model, params = member
+    batch = batch_of(ROWS)
+    want = logits_of(model, params, batch)
+    t = 2
+    changed = batch["decoder_input_tokens"].at[:, t + 1 :].set(20)
+    later = logits_of(model, params, dict(batch, decoder_input_tokens=changed))
+    np.testing.assert_array_equal(later[:, : t + 1], want[:, : t + 1])
+    assert not np.allclose(later[0, t + 1], want[0, t + 1])
+    if model.config.encoder:
+        padding = jnp.where(batch["encoder_segment_ids"] > 0, batch["encoder_input_tokens"], 21)
+        real = batch["decoder_segment_ids"] > 0
+        other = logits_of(model, params, dict(batch, encoder_input_tokens=padding))
+        np.testing.assert_array_equal(other[real], want[real])
+        source = dict(batch, encoder_input_tokens=batch["encoder_input_tokens"].at[0, 0].set(20))
+        assert not np.allclose(logits_of(model, params, source)[0], want[0])
+
+
+def test_an_encoder_alone_gives_its_states():
+    config = dataclasses.replace(T5(), decoder=None)
+    model, both = Transformer(config), Transformer(T5())
+    params = both.init(jax.random.key(0))
+    assert set(model.shapes()) == {"embedding", "head", "encoder"}
+    batch = batch_of(ROWS)
+    want = both(params, batch).encoded
+    got = model({name: params[name] for name in model.shapes()}, batch)
+    np.testing.assert_array_equal(got.hidden, want)
+    assert got.encoded is got.hidden
+
+
+def test_embedding_gradients_shrink_and_values_do_not():
+    def loss(params, gradient):
+        stacks = {
+            name: dataclasses.replace(stack, embedding=EmbeddingSpec(gradient=gradient))
+            for name, stack in T5().stacks().items()
+        }
+        return jnp.mean(jnp.square(logits_of(Transformer(dataclasses.replace(T5(), **stacks)), params, batch_of(ROWS))))
+
+    params = Transformer(T5()).init(jax.random.key(0))
+    whole, tenth = (jax.value_and_grad(loss)(params, gradient) for gradient in (1.0, 0.1))
+    np.testing.assert_allclose(tenth[0], whole[0], rtol=1e-6)
+    np.testing.assert_allclose(tenth[1]["embedding"], 0.1 * whole[1]["embedding"], rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(tenth[1]["head"], whole[1]["head"], rtol=1e-4, atol=1e-8)
