@@ -18,7 +18,6 @@ import numpy as np
 
 from mlm.data.batching import Example
 from mlm.data.languages import LANGUAGES
-from mlm.data.plans import PLANS
 from mlm.data.readers import fetch, is_unit_task, make_reader
 from mlm.data.recipes import Denoising, Lengths
 from mlm.data.registration import default_vocabulary, get, mixture_rates, owner
@@ -217,7 +216,7 @@ def _tokens_per_example(name: str, counts: Counts, vocabulary: Vocabulary, lengt
     task = get(name)
     if is_unit_task(task) and isinstance(task.preprocessors[0].recipe.examples, Denoising):
         rule = task.preprocessors[0].recipe.examples
-        piece = PLANS[rule.plan](vocabulary, *lengths, **dict(rule.options)).length
+        piece = rule.fit(vocabulary, lengths).length
         return float(min(piece, counts.tokens) if counts.tokens else piece)
     if counts.examples and counts.tokens:
         return min(counts.tokens / counts.examples, sum(lengths))
