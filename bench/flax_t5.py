@@ -8,6 +8,7 @@ import hugging_face
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_port
 
 from mlm.models.config import ModelConfig
 
@@ -51,9 +52,6 @@ def t5(config: ModelConfig, params: dict[str, Any]) -> tuple[dict[str, Any], Cal
             train=True,
             dropout_rng=jax.random.key(0),
         ).logits
-        labels = jax.nn.one_hot(batch["decoder_target_tokens"], logits.shape[-1])
-        nll = -jnp.sum(labels * jax.nn.log_softmax(logits), -1)
-        weights = batch["decoder_loss_weights"]
-        return jnp.sum(nll * weights) / jnp.sum(weights)
+        return plain_port.one_hot_loss(logits, batch)
 
     return theirs, loss

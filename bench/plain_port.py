@@ -89,7 +89,11 @@ def loss(params: dict[str, Any], batch: dict[str, np.ndarray], heads: int) -> ja
     past = jnp.tril(jnp.ones((target.shape[1],) * 2, bool))[None, None]
     encoded = stack(params["encoder"], source, seen, False)
     hidden = stack(params["decoder"], target, past, True, encoded, seen)
-    logits = hidden @ params["head"]
+    return one_hot_loss(hidden @ params["head"], batch)
+
+
+def one_hot_loss(logits: jax.Array, batch: dict[str, np.ndarray]) -> jax.Array:
+    """Mean loss per target token in nats, with one-hot labels."""
     labels = jax.nn.one_hot(batch["decoder_target_tokens"], logits.shape[-1])
     nll = -jnp.sum(labels * jax.nn.log_softmax(logits), -1)
     weights = batch["decoder_loss_weights"]

@@ -34,6 +34,7 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import plain_port  # noqa: E402
 
+from mlm.data.batching import Example, Packer  # noqa: E402
 from mlm.models.config import ModelConfig  # noqa: E402
 from mlm.models.flops import training_flops  # noqa: E402
 from mlm.models.presets import preset  # noqa: E402
@@ -52,20 +53,12 @@ Step = Callable[[], float]  # -> mean loss per target token before the update, n
 def random_batch(config: ModelConfig, rows: int, source: int, target: int) -> dict[str, np.ndarray]:
     """Full rows of random tokens: no padding, one example a row."""
     random = np.random.default_rng(0)
-    batch = {}
-    for side, length in (("encoder", source), ("decoder", target)):
-        batch[f"{side}_segment_ids"] = np.ones((rows, length), np.int32)
-        batch[f"{side}_language_ids"] = np.ones((rows, length), np.int32)
-        batch[f"{side}_positions"] = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    packer = Packer(source, target, pack=False)
     targets = random.integers(3, config.vocab_size, (rows, target), dtype=np.int32)
-    return {
-        **batch,
-        "encoder_input_tokens": random.integers(3, config.vocab_size, (rows, source), dtype=np.int32),
-        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
-        "decoder_target_tokens": targets,
-        "decoder_loss_weights": np.ones((rows, target), np.float32),
-        "decoder_task_ids": np.ones((rows, target), np.int32),
-    }
+    sources = random.integers(3, config.vocab_size, (rows, source), dtype=np.int32)
+    for row in zip(sources, targets, strict=True):
+        packer.add(Example(*row, language=1, task=1, inputs_language=1))
+    return packer.take(rows)
 
 
 # What a peer's process makes: (step, seconds it took to compile, or None).

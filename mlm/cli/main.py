@@ -38,7 +38,6 @@ class Failed(RuntimeError):
 
 def quiet() -> None:
     """Keeps library chatter off the screen. Must run before TensorFlow or JAX are imported."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("ABSL_MIN_LOG_LEVEL", "3")

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 @contextmanager
 def _without_native_notes() -> Iterator[None]:
     """Holds back what native code writes to file descriptor 2; shows it after all when the block fails."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as notes:

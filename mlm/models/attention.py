@@ -5,16 +5,17 @@ grouped heads and beams that share a source are one function with other data.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mlm.models.config import AttentionSpec, NormSpec
-from mlm.models.layers import dropout, parameter, product, rms, zeros
+from mlm.models.layers import Norm, cap, dropout, parameter, product, zeros
 from mlm.models.positions import rotate
 from mlm.types import Hidden
 
@@ -47,17 +48,18 @@ def attend(
 
     scale None: 1, as T5 folds 1/sqrt(K) into the initial query weights. cap(z) = softcap tanh(z / softcap).
     """
-    logits = [_logits(query, piece, scale, softcap) for piece in seen]
-    together = logits[0] if len(logits) == 1 else jnp.concatenate(logits, axis=-1)
-    probs = dropout(jax.nn.softmax(together, axis=-1), rate, dropout_key, broadcast=(2,))
-    attended, start = jnp.zeros((), query.dtype), 0
-    for piece in seen:
-        stop = start + piece.key.shape[2]
-        mine = probs if len(logits) == 1 else probs[..., start:stop]
-        y = jnp.einsum("BGQS,BGSK->BGQK", _fold(mine.astype(piece.value.dtype), piece.value), piece.value)
-        y = _unfold(y, query)
-        attended, start = y if len(logits) == 1 else attended + y, stop
-    return attended
+    logits = jnp.concatenate([_logits(query, piece, scale, softcap) for piece in seen], axis=-1)
+    probs = dropout(jax.nn.softmax(logits, axis=-1), rate, dropout_key, broadcast=(2,))
+    ends = np.cumsum([piece.key.shape[2] for piece in seen])[:-1]
+    parts = zip(jnp.split(probs, ends, axis=-1), seen, strict=True)
+    return reduce(jnp.add, (_mean_values(query, mine, piece) for mine, piece in parts))
+
+
+def _mean_values(
+    query: Float[Array, "R H T K"], probs: Float[Array, "R H T S"], piece: Seen
+) -> Float[Array, "R H T K"]:
+    folded = _fold(probs.astype(piece.value.dtype), piece.value)
+    return _unfold(jnp.einsum("BGQS,BGSK->BGQK", folded, piece.value), query)
 
 
 def _logits(
@@ -67,8 +69,7 @@ def _logits(
     logits = _unfold(logits, query)
     if scale is not None:
         logits = logits * scale
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    logits = cap(logits, softcap)
     if piece.bias is not None:
         logits = _add_bias(piece.bias.shape[0] == 1, logits, piece.bias)
     mask = piece.mask
@@ -165,11 +166,8 @@ class Attention(nnx.Module):
             self.key_bias = zeros((groups, size), axes[1:])
             self.value_bias = zeros((groups, size), axes[1:])
             self.out_bias = zeros((d_model,), ("embed",))
-        self.norm_spec = norm
         if spec.qk_norm == "rms":
-            start = 0.0 if norm.offset_one else 1.0
-            self.query_norm = nnx.Param(jnp.full((size,), start, jnp.float32), axes=("head_dim",))
-            self.key_norm = nnx.Param(jnp.full((size,), start, jnp.float32), axes=("head_dim",))
+            self.query_norm, self.key_norm = (Norm(size, replace(norm, kind="rms"), ("head_dim",)) for _ in range(2))
         elif spec.qk_norm == "l2_scalar":
             self.gain = nnx.Param(jnp.asarray(spec.qk_gain, jnp.float32), axes=())
         if spec.position.table() == "layer":
@@ -208,7 +206,7 @@ class Attention(nnx.Module):
 
     def _normed(self, x: Float[Array, "B _ L K"], name: str) -> Float[Array, "B _ L K"]:
         if self.spec.qk_norm == "rms":
-            return rms(x, getattr(self, name)[...], self.norm_spec.eps, float(self.norm_spec.offset_one))
+            return getattr(self, name)(x)
         if self.spec.qk_norm == "l2_scalar":
             x32 = x.astype(jnp.float32)
             return (x32 * jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + 1e-12)).astype(x.dtype)

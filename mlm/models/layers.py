@@ -55,15 +55,16 @@ def dropout(
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
-def rms(x: Float[Array, "... K"], scale: Float[Array, "K"], eps: float, offset: float = 0.0) -> Float[Array, "... K"]:
-    """(offset + scale) * x / sqrt(mean(x^2) + eps) over the last axis, statistics in float32. Zhang & Sennrich 2019."""
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * inverse * (offset + scale)).astype(x.dtype)
+def cap(logits: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
+    """softcap * tanh(logits / softcap); None: as they are."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 class Norm(nnx.Module):
-    """What a `NormSpec` says, over the last axis; at first it scales by 1."""
+    """What a `NormSpec` says, over the last axis, statistics in float32; at first it scales by 1.
+
+    Sources: Zhang & Sennrich 2019 (rms), Ba et al. 2016 (layer).
+    """
 
     def __init__(self, width: int, spec: NormSpec, axes: Axes = ("embed",)):
         self.spec = spec
@@ -72,12 +73,11 @@ class Norm(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((width,), jnp.float32), axes=axes)
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... K"]:
-        if self.spec.kind == "rms":
-            return rms(x, self.scale[...], self.spec.eps, float(self.spec.offset_one))
-        centred = x.astype(jnp.float32)
-        centred = centred - jnp.mean(centred, axis=-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.spec.eps)
-        return (centred * inverse * self.scale[...] + self.bias[...]).astype(x.dtype)
+        x32, scale = x.astype(jnp.float32), self.scale[...] + float(self.spec.offset_one)
+        if self.spec.kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.spec.eps) * scale
+        return (y + self.bias[...] if self.spec.kind == "layer" else y).astype(x.dtype)
 
 
 _NONLINEARITIES: dict[str, Callable] = {

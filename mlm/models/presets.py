@@ -80,13 +80,6 @@ def t5_style(
     )
 
 
-def _t5_row(size: tuple, vocab_size: int, **differences: Any) -> ModelConfig:
-    d_model, d_ff, heads, head_dim, layers = size
-    return t5_style(
-        vocab_size=vocab_size, d_model=d_model, d_ff=d_ff, heads=heads, head_dim=head_dim, layers=layers, **differences
-    )
-
-
 # Columns: d_model, d_ff, heads, kv_heads, head_dim, layers of each stack, and what a family adds.
 T5GEMMA_SIZES = {
     "s_s": (512, 1024, 8, 8, 64, 8),
@@ -225,19 +218,21 @@ def fairseq_style(
 
 
 def _row(make: Callable[..., ModelConfig], columns: str, size: tuple, **more: Any) -> ModelConfig:
+    """The family `make` with a row of its table, the columns named in order, and what else sets the member apart."""
     return make(**dict(zip(columns.split(), size, strict=True)), **more)
 
 
+_t5 = partial(_row, t5_style, "d_model d_ff heads head_dim layers")
 PRESETS: Registry[Callable[[], ModelConfig]] = Registry("model preset")
-PRESETS["tiny"] = partial(_t5_row, TINY, 512)
+PRESETS["tiny"] = partial(_t5, TINY, vocab_size=512)
 for _size, _columns in T5_1_0_SIZES.items():
-    PRESETS[f"t5_{_size}"] = partial(_t5_row, _columns, T5_VOCAB, activation="relu", tied=True)
+    PRESETS[f"t5_{_size}"] = partial(_t5, _columns, vocab_size=T5_VOCAB, activation="relu", tied=True)
 for _size, _columns in T5_1_1_SIZES.items():
-    PRESETS[f"t5_1_1_{_size}"] = partial(_t5_row, _columns, T5_VOCAB)
-    PRESETS[f"mt5_{_size}"] = partial(_t5_row, _columns, MT5_VOCAB)
-    PRESETS[f"umt5_{_size}"] = partial(_t5_row, _columns, UMT5_VOCAB, share="layer")
+    PRESETS[f"t5_1_1_{_size}"] = partial(_t5, _columns, vocab_size=T5_VOCAB)
+    PRESETS[f"mt5_{_size}"] = partial(_t5, _columns, vocab_size=MT5_VOCAB)
+    PRESETS[f"umt5_{_size}"] = partial(_t5, _columns, vocab_size=UMT5_VOCAB, share="layer")
 for _size, _columns in BYT5_SIZES.items():
-    PRESETS[f"byt5_{_size}"] = partial(_t5_row, _columns, BYT5_VOCAB)
+    PRESETS[f"byt5_{_size}"] = partial(_t5, _columns, vocab_size=BYT5_VOCAB)
 for _size, _columns in T5GEMMA_SIZES.items():
     PRESETS[f"t5gemma_{_size}"] = partial(_row, t5gemma, "d_model d_ff heads kv_heads head_dim layers", _columns)
 for _size, _columns in GEMMA_3_SIZES.items():

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
-from mlm.models.layers import parameter
+from mlm.models.layers import cap, parameter
 from mlm.models.stack import Stack
 from mlm.types import Batch, Constrain, Hidden, Logits, Params, PyTree, SourceHidden, SourceSegments, SourceTokens
 
@@ -115,7 +115,7 @@ class Transformer:
         """Float32 logits over the vocabulary, in nats."""
         kernel, softcap = self.head(params).astype(self._dtype), self.config.head.softcap
         logits = jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
-        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        return cap(logits, softcap)
 
     def unrolled(self, params: Params) -> Params:
         """Parameters for `step` in a loop: without the stacking, whose slices would be copied at every pass."""

@@ -11,6 +11,8 @@ import pytest
 from mlm.models.config import AttentionSpec, EmbeddingSpec, FFNSpec, LayerSpec, PositionSpec, StackConfig, deep_norm
 from mlm.models.presets import fairseq_style, gemma_3, t5_style, t5gemma
 from mlm.models.transformer import Transformer
+from tests.models import rows
+from tests.models.rows import logits_of
 
 V, S, T = 23, 9, 7
 GEMMA = {"d_model": 12, "d_ff": 10, "heads": 4, "kv_heads": 2, "head_dim": 4, "vocab_size": V}
@@ -64,19 +66,8 @@ MEMBERS = {
     "mbart": partial(fairseq_style, d_model=32, d_ff=10, layers=2, vocab_size=V, activation="gelu", learned=True),
     "deep": deep,
 }
+batch_of = partial(rows.batch_of, source_length=S, target_length=T)
 ROWS = [([5, 6, 7, 8, 9, 10, 11, 1], [3, 4, 5, 6, 7, 1]), ([11, 12, 13, 1], [14, 15, 1])]
-
-
-def batch_of(rows):
-    source, target = np.zeros((len(rows), S), np.int32), np.zeros((len(rows), T), np.int32)
-    for i, (a, b) in enumerate(rows):
-        source[i, : len(a)], target[i, : len(b)] = a, b
-    return {
-        "encoder_input_tokens": jnp.asarray(source),
-        "encoder_segment_ids": jnp.asarray((source > 0).astype(np.int32)),
-        "decoder_input_tokens": jnp.asarray(np.pad(target, ((0, 0), (1, 0)))[:, :-1]),
-        "decoder_segment_ids": jnp.asarray((target > 0).astype(np.int32)),
-    }
 
 
 @pytest.fixture(scope="module", params=sorted(MEMBERS))
@@ -88,10 +79,6 @@ def member(request):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return model, jax.tree.unflatten(tree, noisy)
-
-
-def logits_of(model, params, batch):
-    return model.logits(params, model(params, batch).hidden)
 
 
 def test_axes_name_every_dimension(member):

@@ -1,6 +1,7 @@
 """The transformer equals a NumPy reference, looks at nothing it must not, and runs every way to the same numbers."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from mlm.models.config import HeadSpec
 from mlm.models.positions import relative_bucket
 from mlm.models.presets import preset, t5_style
 from mlm.models.transformer import Transformer
+from tests.models import rows
+from tests.models.rows import logits_of
 
 SMALL = t5_style(vocab_size=19, d_model=12, d_ff=10, heads=3, head_dim=4, layers=(2, 2))
 B, S, T = 2, 7, 6
@@ -21,25 +24,8 @@ def params():
     return Transformer(SMALL).init(jax.random.key(0))
 
 
-def batch_of(rows):
-    """Unpacked batch from (source, target) token lists; the second shorter one leaves padding."""
-    source, target = np.zeros((len(rows), S), np.int32), np.zeros((len(rows), T), np.int32)
-    for i, (a, b) in enumerate(rows):
-        source[i, : len(a)], target[i, : len(b)] = a, b
-    shifted = np.pad(target, ((0, 0), (1, 0)))[:, :-1]
-    return {
-        "encoder_input_tokens": jnp.asarray(source),
-        "encoder_segment_ids": jnp.asarray((source > 0).astype(np.int32)),
-        "decoder_input_tokens": jnp.asarray(shifted),
-        "decoder_segment_ids": jnp.asarray((target > 0).astype(np.int32)),
-    }
-
-
+batch_of = partial(rows.batch_of, source_length=S, target_length=T)
 ROWS = [([5, 6, 7, 8, 9, 10, 1], [3, 4, 5, 6, 7, 1]), ([11, 12, 13, 1], [14, 15, 1])]
-
-
-def logits_of(model, params, batch):
-    return model.logits(params, model(params, batch).hidden)
 
 
 def reference(params, batch):
