@@ -6,6 +6,7 @@ Axis letters never change meaning between files:
     D model width       H heads             K head size        M cache slots
     F feed-forward      V vocabulary        L languages        R decoding rows (batch x beams)
     E experts           C expert capacity   G routing groups   N tokens of a group
+    k choices of a token
 
 A batch is a plain dict of arrays. Text-to-text batches hold the features of `ROW_FEATURES`:
 packed or not, a token belongs to the example whose number stands in `*_segment_ids` (1, 2, …; 0 is padding),
@@ -31,6 +32,25 @@ PyTree = Any
 Params = dict[str, Any]  # nested dict of arrays
 Axes = tuple[str | None, ...]  # logical axis names of one array, e.g. ("embed", "mlp")
 Constrain = Callable[[Array, Axes], Array]  # pins an activation to the mesh by its logical axes
+
+
+class Placement:
+    """How arrays lie on devices. This one: all on one, where nothing is to be done; `mlm.parallel` has a mesh's."""
+
+    def constrain(self, array: Array, axes: Axes) -> Array:
+        """The activation, pinned by its logical axes."""
+        return array
+
+    def by_expert(self, body: Callable, rows: PyTree, weights: Params, axes: Mapping[str, Axes]) -> Array:
+        """Sum of body(rows, weights held, number of the first expert held) over the owners of experts.
+
+        rows: arrays [G, …]; the result is one too. weights: arrays [E, …] with their logical axes.
+        """
+        return body(rows, weights, 0)
+
+
+ONE_DEVICE = Placement()
+
 
 ENCODER_FEATURES = ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions", "encoder_language_ids")
 DECODER_FEATURES = (

@@ -17,6 +17,9 @@ QK_NORMS = ("none", "rms", "l2_scalar")
 NORMS = ("rms", "layer")
 ORDERS = ("pre", "post", "sandwich")
 HEADS = ("linear", "tied")
+ROUTERS = ("top_k", "expert_choice")
+GATES = ("raw", "chosen", "kept")
+PRIORITIES = ("token", "choice", "score")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -191,12 +194,123 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """Which of `experts` feed-forward networks serve a token, p = softmax(x W) in float32.
+
+    kind: "top_k", a token takes the k experts of largest p; "expert_choice", an expert takes its C tokens of largest p,
+    which looks at the whole row and is for encoders. gates, what a chosen expert's output is multiplied by: "raw" p
+    (Switch, ST-MoE), p over the sum of the "chosen" ones, or over the sum of those that were "kept" (GShard, NLLB).
+
+    capacity None: nothing is dropped, whatever the skew. Otherwise an expert takes at most C = max(min_capacity,
+    round(capacity n / experts)) of the n tokens of a routing group, which is `group_rows` rows; what finds it full is
+    dropped and lives on in the residual. eval_capacity is the same for evaluation; decoding drops nothing in any case.
+    priority, who comes first: "token", left to right (a decoder sees no future), "choice", all first choices before all
+    second ones (GShard), or "score", larger p first (batch-prioritised; Riquelme et al. 2021).
+
+    balance weighs E sum_e f_e P_e (f: share of tokens that chose e, counting `balance_choices` "first" or "any"; P:
+    mean p), z weighs mean logsumexp^2; both per layer, in nats. bias_rate: a bias per expert, in the choice only, moves
+    by that much a step towards equal load (Wang et al. 2024). jitter: x is multiplied by U(1 - jitter, 1 + jitter).
+
+    shared: width of a feed-forward network that serves every token and is added. budget turns that into conditional
+    routing (CMR): (1 - g) shared + g experts, g = sigmoid(x w + b), with budget_weight |mean g - budget| as a loss, and
+    g = 0 with probability budget_dropout. output_masking (EOM): an expert's output is zeroed with that probability
+    in training, multiplied by its complement otherwise. gating_dropout: with that probability a step routes each row
+    inside one random block of `gating_block` experts. dropout: rate inside the experts (None: the stack's). init:
+    factor on the experts' initial std (Switch: 0.1^1/2).
+
+    Sources: Shazeer 2017, Fedus 2021 (Switch), Zoph 2022 (ST-MoE), Zhou 2022 (expert choice), NLLB team 2022.
+    """
+
+    experts: int
+    kind: str = "top_k"
+    k: int = 1
+    gates: str = "raw"
+    capacity: float | None = None
+    eval_capacity: float | None = None
+    min_capacity: int = 4
+    group_rows: int = 1
+    priority: str = "token"
+    balance: float = 0.01
+    balance_choices: str = "first"
+    z: float = 0.0
+    bias_rate: float = 0.0
+    jitter: float = 0.0
+    shared: int | None = None
+    budget: float | None = None
+    budget_weight: float = 0.1
+    budget_dropout: float = 0.2
+    output_masking: float = 0.0
+    gating_dropout: float = 0.0
+    gating_block: int | None = None
+    dropout: float | None = None
+    init: float = 1.0
+
+    def __post_init__(self):
+        _choice("RouterSpec", "kind", self.kind, ROUTERS)
+        _choice("RouterSpec", "gates", self.gates, GATES)
+        _choice("RouterSpec", "priority", self.priority, PRIORITIES)
+        _choice("RouterSpec", "balance_choices", self.balance_choices, ("first", "any"))
+        _positive(self, "experts", "k", "min_capacity", "group_rows", "shared", "gating_block")
+        _above_zero(self, "capacity", "eval_capacity", "init")
+        for field in ("budget", "budget_dropout", "output_masking", "gating_dropout", "jitter", "dropout"):
+            value = getattr(self, field)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(f"RouterSpec.{field}={value} must be in [0, 1)")
+        for field in ("balance", "z", "bias_rate", "budget_weight"):
+            if getattr(self, field) < 0.0:
+                raise ValueError(f"RouterSpec.{field}={getattr(self, field)} must not be negative")
+        if self.k > self.experts:
+            raise ValueError(f"RouterSpec: a token cannot take k={self.k} of experts={self.experts}")
+        if self.budget is not None and self.shared is None:
+            raise ValueError(f"RouterSpec: budget={self.budget} weighs experts against a shared network; set shared")
+        if self.gating_dropout and (self.gating_block is None or self.experts % self.gating_block):
+            raise ValueError(
+                f"RouterSpec: gating_dropout={self.gating_dropout} routes within blocks of gating_block="
+                f"{self.gating_block} experts, which must divide experts={self.experts}"
+            )
+        if self.kind == "expert_choice":
+            self._check_expert_choice()
+        elif self.k == 1 and self.gates != "raw":
+            raise ValueError(
+                f"RouterSpec: k=1 with gates={self.gates!r} multiplies by 1, so the router gets no gradient; "
+                "set gates='raw'"
+            )
+        elif (self.capacity, self.eval_capacity) == (None, None) and (self.group_rows, self.priority) != (1, "token"):
+            raise ValueError(
+                f"RouterSpec: group_rows={self.group_rows} and priority={self.priority!r} say who is dropped, and "
+                "nothing is: set capacity, or leave them at 1 and 'token'"
+            )
+
+    def _check_expert_choice(self) -> None:
+        if self.capacity is None or (self.k, self.gates, self.bias_rate) != (1, "raw", 0.0):
+            raise ValueError(
+                f"RouterSpec: kind='expert_choice' takes capacity={self.capacity} (mean experts per token, as 2.0) in "
+                f"place of k={self.k}, gates={self.gates!r}, bias_rate={self.bias_rate}; leave those at 1, 'raw', 0"
+            )
+        if self.balance:
+            raise ValueError(f"RouterSpec: kind='expert_choice' is balanced by itself; set balance={self.balance} to 0")
+
+    def slots(self, tokens: int, training: bool) -> int | None:
+        """C, the tokens an expert takes of a routing group of that many; None: as many as come."""
+        factor = self.capacity if training else self.eval_capacity
+        if factor is None and self.kind == "expert_choice":
+            factor = self.capacity
+        if factor is None:
+            return None
+        return min(tokens, max(self.min_capacity, round(factor * tokens / self.experts)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class FFNSpec:
-    """One position-wise feed-forward sublayer of width `d_ff`. gelu is exact, geglu and gelu_tanh use tanh for erf."""
+    """One position-wise feed-forward sublayer of width `d_ff`, or a mixture of experts of that width each.
+
+    gelu is exact, geglu and gelu_tanh use tanh for erf.
+    """
 
     d_ff: int
     activation: str = "geglu"
     bias: bool = False
+    router: RouterSpec | None = None
 
     def __post_init__(self):
         _choice("FFNSpec", "activation", self.activation, ACTIVATIONS)
@@ -214,10 +328,13 @@ class LayerSpec:
     sublayers: tuple[AttentionSpec | FFNSpec, ...]
 
     def names(self) -> tuple[str, ...]:
-        """Parameter names of the sublayers: "self_attention", "cross_attention", "ffn"; a repeat gets "_2", "_3"."""
+        """Parameter names of the sublayers: "self_attention", "cross_attention", "ffn", "moe"; a repeat gets "_2"."""
         names: list[str] = []
         for spec in self.sublayers:
-            base = "ffn" if isinstance(spec, FFNSpec) else f"{spec.source}_attention"
+            if isinstance(spec, FFNSpec):
+                base = "moe" if spec.router else "ffn"
+            else:
+                base = f"{spec.source}_attention"
             seen = sum(n == base or n.startswith(f"{base}_") for n in names)
             names.append(base if not seen else f"{base}_{seen + 1}")
         return tuple(names)
@@ -292,6 +409,30 @@ class StackConfig:
             )
         if not any(spec.reads_itself for spec in self.attentions()):
             raise ValueError("StackConfig: no layer of the group holds self-attention, so tokens never meet")
+        self._check_routers()
+
+    def _check_routers(self) -> None:
+        routers = self.routers()
+        if len({router.experts for router in routers}) > 1:
+            raise ValueError(
+                f"StackConfig: the mixtures of one stack share the table of experts that is reported, so their numbers "
+                f"of experts must agree; found {sorted({router.experts for router in routers})}"
+            )
+        if not self.causal:
+            return
+        for router in routers:
+            drops = router.capacity is not None or router.eval_capacity is not None
+            if router.kind == "expert_choice" or (drops and router.priority == "score"):
+                how = "kind='expert_choice'" if router.kind == "expert_choice" else "priority='score'"
+                raise ValueError(
+                    f"StackConfig: {how} decides by later tokens of the row who is served, so a decoder would see the "
+                    "future; use kind='top_k' with priority='token'"
+                )
+            if drops and router.priority == "choice" and router.k > 1:
+                raise ValueError(
+                    f"StackConfig: priority='choice' with k={router.k} lets first choices of later tokens displace "
+                    "second choices of earlier ones, so a decoder would see the future; use priority='token'"
+                )
 
     @property
     def layers(self) -> int:
@@ -304,6 +445,11 @@ class StackConfig:
     def attentions(self) -> list[AttentionSpec]:
         """The attention sublayers of one group."""
         return [spec for layer in self.group for spec in layer.sublayers if isinstance(spec, AttentionSpec)]
+
+    def routers(self) -> list[RouterSpec]:
+        """Those of the mixtures of experts of one group."""
+        ffns = [spec for layer in self.group for spec in layer.sublayers if isinstance(spec, FFNSpec)]
+        return [spec.router for spec in ffns if spec.router]
 
     def reads_memory(self) -> bool:
         return any(spec.reads_memory for spec in self.attentions())

@@ -1,14 +1,33 @@
 """Parameters with logical axes, norms, dropout, feed-forward."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mlm.models.config import FFNSpec, NormSpec
-from mlm.types import Axes, Hidden
+from mlm.types import ONE_DEVICE, Axes, Hidden, Placement
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run over a batch, as sublayers that work position by position see it.
+
+    rate: dropout. real: False at padding. cached: a block of a decoding step. languages: id of every token, below
+    `language_count`. taps: names of what the caller wants to see; tap(name, value) hands it out.
+    """
+
+    real: Bool[Array, "B T"]
+    rate: float = 0.0
+    placement: Placement = ONE_DEVICE
+    cached: bool = False
+    languages: Int[Array, "B T"] | None = None
+    language_count: int = 0
+    taps: frozenset[str] = frozenset()
+    tap: Callable[[str, Array], None] = lambda name, value: None
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: Axes) -> nnx.Param:
@@ -107,14 +126,25 @@ class FeedForward(nnx.Module):
             if spec.gated:
                 self.gate_bias = zeros((spec.d_ff,), ("mlp",))
 
-    def __call__(self, x: Hidden, rate: float, key: Key[Array, ""] | None) -> Hidden:
-        activation = _NONLINEARITIES[self.spec.activation]
-        if self.spec.gated:
-            inner = activation(self._project(x, "gate")) * self._project(x, "up")
-        else:
-            inner = activation(self._project(x, "up"))
-        return self._project(dropout(inner, rate, key), "down")
+    def __call__(self, x: Hidden, its: Pass, key: Key[Array, ""] | None) -> Hidden:
+        def inner(h: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+            its.tap("activations", h)
+            return dropout(h, its.rate, key)
+
+        return feed_forward(self.spec, self._project, x, inner)
 
     def _project(self, x: Float[Array, "B T _"], name: str) -> Float[Array, "B T _"]:
         y = product(x, getattr(self, name)[...].astype(x.dtype))
         return y + getattr(self, f"{name}_bias")[...].astype(x.dtype) if self.spec.bias else y
+
+
+def feed_forward(
+    spec: FFNSpec, project: Callable[[Array, str], Array], x: Float[Array, "... D"], inner: Callable[[Array], Array]
+) -> Float[Array, "... D"]:
+    """The network's formula over `project(x, "gate" | "up" | "down")`; inner: what is done to its hidden units."""
+    activation = _NONLINEARITIES[spec.activation]
+    if spec.gated:
+        h = activation(project(x, "gate")) * project(x, "up")
+    else:
+        h = activation(project(x, "up"))
+    return project(inner(h), "down")

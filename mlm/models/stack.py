@@ -1,9 +1,9 @@
 """A stack of layers, run three ways from the same parameters: whole sequences, encoder memory, one cached block."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mlm.models.attention import Attention, Seen, order_mask, position_table, segment_mask
-from mlm.models.config import AttentionSpec, LayerSpec, StackConfig
+from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, StackConfig
+from mlm.models.experts import MixtureOfExperts
 from mlm.models.functional import Template
-from mlm.models.layers import FeedForward, Norm, dropout, parameter
+from mlm.models.layers import FeedForward, Norm, Pass, dropout, parameter
 from mlm.models.positions import alibi_bias, relative_bias, segment_positions, sinusoids
-from mlm.types import Constrain, Hidden, Params, PyTree, Segments, SourceHidden, SourceSegments
+from mlm.models.routing import Routed, rebalanced
+from mlm.types import Hidden, Params, Placement, PyTree, Segments, SourceHidden, SourceSegments
 
 _STATES = ("batch", "length", "embed")  # logical axes of activations between sublayers
 _SAVED = {
@@ -58,6 +60,13 @@ class View:
         return bias[None] if bias.ndim == 3 else bias
 
 
+class Notes(NamedTuple):
+    """What a layer, or by depth a stack, says beside its states: its mixtures' records, and what was asked for."""
+
+    routed: list[Routed]
+    taps: dict[str, Array]
+
+
 class Layer(nnx.Module):
     """Sublayers in order, each with its norm and residual."""
 
@@ -65,29 +74,43 @@ class Layer(nnx.Module):
         self.names = spec.names()
         self.residual = config.residual
         for name, sublayer in zip(self.names, spec.sublayers, strict=True):
-            body: Attention | FeedForward
+            body: Attention | FeedForward | MixtureOfExperts
             if isinstance(sublayer, AttentionSpec):
                 body = Attention(d_model, memory_width, sublayer, config.norm, config.residual.gain, rngs)
             else:
-                body = FeedForward(d_model, sublayer, config.residual.gain, rngs)
+                kind = MixtureOfExperts if sublayer.router else FeedForward
+                body = kind(d_model, sublayer, config.residual.gain, rngs)
             body.norm = Norm(d_model, config.norm)
             if config.residual.order == "sandwich":
                 body.post_norm = Norm(d_model, config.norm)
             setattr(self, name, body)
 
     def forward(
-        self, x: Hidden, view: View, looks: "Looks", rate: float, key: Key[Array, ""] | None, constrain: Constrain
-    ) -> Hidden:
-        """All positions of a sequence at once."""
+        self,
+        x: Hidden,
+        view: View,
+        looks: "Looks",
+        its: Pass,
+        key: Key[Array, ""] | None,
+        steering: Float[Array, "n _ _ E"] | None = None,
+    ) -> tuple[Hidden, Notes]:
+        """All positions of a sequence at once. steering: added to the router logits of this layer's n mixtures."""
+        notes = Notes([], {})
         for name in self.names:
             body = getattr(self, name)
+            own = _tapped(its, name, notes.taps)
             inner = outer = None
             if key is not None:
                 key, inner, outer = jax.random.split(key, 3)
 
-            def run(h, body=body, inner=inner):
+            def run(h, body=body, inner=inner, own=own):
                 if isinstance(body, FeedForward):
-                    return body(h, rate, inner)
+                    return body(h, own, inner)
+                if isinstance(body, MixtureOfExperts):
+                    steer = None if steering is None else steering[len(notes.routed)]
+                    y, routed = body(h, own, inner, steer)
+                    notes.routed.append(routed)
+                    return y
                 seen = []
                 if body.spec.reads_itself:
                     k, v = body.keys_values(h, view.positions)
@@ -95,13 +118,16 @@ class Layer(nnx.Module):
                 if body.spec.reads_memory:
                     k, v = body.keys_values(view.memory)
                     seen.append(Seen(k, v, view.memory_mask))
-                return body.attended(body.queries(h, view.positions), seen, rate, inner)
+                return body.attended(body.queries(h, view.positions), seen, its.rate, inner)
 
-            x = constrain(self._around(x, body, run, partial(dropout, rate=rate, key=outer)), _STATES)
-        return x
+            x = self._around(x, body, run, partial(dropout, rate=its.rate, key=outer))
+            x = its.placement.constrain(x, _STATES)
+        if "hidden" in its.taps:
+            notes.taps["hidden"] = x
+        return x, notes
 
     def step(
-        self, x: Float[Array, "R Q D"], cache: PyTree, view: View, looks: "Looks"
+        self, x: Float[Array, "R Q D"], cache: PyTree, view: View, looks: "Looks", its: Pass
     ) -> tuple[Float[Array, "R Q D"], PyTree]:
         """A block of Q new positions per row against the cache; returns the own keys and values with it written."""
         written: dict[str, PyTree] = {}
@@ -110,7 +136,9 @@ class Layer(nnx.Module):
 
             def run(h, body=body, name=name):
                 if isinstance(body, FeedForward):
-                    return body(h, 0.0, None)
+                    return body(h, its, None)
+                if isinstance(body, MixtureOfExperts):
+                    return body(h, its, None)[0]
                 seen = []
                 if body.spec.reads_itself:
                     k, v = body.keys_values(h, view.positions)
@@ -134,6 +162,16 @@ class Layer(nnx.Module):
             return body.norm(alpha * x + drop(run(x)))
         y = run(body.norm(x))
         return x + drop(body.post_norm(y) if order == "sandwich" else y)
+
+
+def _tapped(its: Pass, sublayer: str, taken: dict[str, Array]) -> Pass:
+    """The pass as one sublayer sees it, which taps by short names."""
+
+    def tap(name: str, value: Array) -> None:
+        if f"{sublayer}/{name}" in its.taps:
+            taken[f"{sublayer}/{name}"] = value
+
+    return replace(its, tap=tap)
 
 
 class Looks:
@@ -236,10 +274,12 @@ class Stack:
         memory: SourceHidden | None,
         memory_segments: SourceSegments | None,
         key: Key[Array, ""] | None,
-        constrain: Constrain,
-    ) -> Hidden:
-        """Final normed states of whole sequences, from rows of the input table. key: dropout key, or None for
-        evaluation.
+        its: Pass,
+        steering: Float[Array, "n _ _ E"] | None = None,
+    ) -> tuple[Hidden, Notes]:
+        """Final normed states of whole sequences, from rows of the input table; notes of all layers, by depth.
+
+        key: dropout key, or None for evaluation. steering: added to the router logits of the n mixtures.
         """
         config, frame = self.config, self._bind_frame(params)
         at = jnp.arange(rows.shape[1])
@@ -255,36 +295,61 @@ class Stack:
         )
         looks = Looks(view, config.attentions())
         keys = None if key is None else jax.random.split(key, config.repeats + 2)
-        rate = config.dropout
+        per_group = len(config.routers())
 
-        def run_layers(x: Hidden, layers: list[Layer], key: Key[Array, ""] | None) -> Hidden:
+        def run_layers(
+            x: Hidden, layers: list[Layer], key: Key[Array, ""] | None, steering: Array | None
+        ) -> tuple[Hidden, list[Notes]]:
+            notes: list[Notes] = []
             for index, layer in enumerate(layers):
                 layer_key = None if key is None else jax.random.fold_in(key, index)
-                x = layer.forward(x, view, looks, rate, layer_key, constrain)
-            return x
+                steer = None if steering is None else steering[sum(len(n.routed) for n in notes) :]
+                x, said = layer.forward(x, view, looks, its, layer_key, steer)
+                notes.append(said)
+            return x, notes
 
-        def run_group(x: Hidden, group: tuple[Params, Any]) -> tuple[Hidden, None]:
-            return run_layers(x, self._group.bind(group[0]).layers(), group[1]), None
+        def run_group(x: Hidden, group: tuple[Params, Any, Any]) -> tuple[Hidden, list[Notes]]:
+            return run_layers(x, self._group.bind(group[0]).layers(), *group[1:])
 
-        def run_rest(x: Hidden, rest: Params) -> Hidden:
+        def run_rest(x: Hidden, rest: tuple[Params, Any]) -> tuple[Hidden, list[Notes]]:
             key = None if keys is None else jax.random.fold_in(keys[1], 1)
-            return run_layers(x, self._rest.bind(rest).layers(), key)
+            return run_layers(x, self._rest.bind(rest[0]).layers(), key, rest[1])
 
         if config.remat != "none":
             run_group = jax.checkpoint(run_group, policy=_SAVED[config.remat], prevent_cse=not config.scan)
             run_rest = jax.checkpoint(run_rest, policy=_SAVED[config.remat])
         x = self.enter(params, rows, view.positions)
-        x = constrain(dropout(x, rate, None if keys is None else keys[0]), _STATES)
-        layers = (params["layers"], None if keys is None else keys[2:])
+        x = its.placement.constrain(dropout(x, its.rate, None if keys is None else keys[0]), _STATES)
+        in_groups = config.repeats * per_group
+        steers = rest_steers = None
+        if steering is not None:
+            steers = steering[:in_groups].reshape(config.repeats, per_group, *steering.shape[1:])
+            rest_steers = steering[in_groups:]
+        groups = (params["layers"], None if keys is None else keys[2:], steers)
         if config.scan:
-            x, _ = jax.lax.scan(run_group, x, layers)
+            x, notes = jax.lax.scan(run_group, x, groups)
         else:
+            said = []
             for index in range(config.repeats):
-                x, _ = run_group(x, jax.tree.map(lambda leaf, i=index: leaf[i], layers))
+                x, one = run_group(x, jax.tree.map(lambda leaf, i=index: leaf[i], groups))
+                said.append(one)
+            notes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *said)
+        rest_notes: list[Notes] = []
         if config.rest:
-            x = run_rest(x, params["rest"])
+            x, rest_notes = run_rest(x, (params["rest"], rest_steers))
         x = frame.final_norm(x) if config.final_norm else x
-        return dropout(x, rate, None if keys is None else keys[1])
+        return dropout(x, its.rate, None if keys is None else keys[1]), _by_depth(notes, rest_notes)
+
+    def rebalanced(self, params: Params, load: Float[Array, "n E"]) -> Params:
+        """The parameters after loss-free balancing: router biases of the n mixtures moved by their load."""
+        per_group = len(self.config.routers())
+        in_groups = self.config.repeats * per_group
+        loads = load[:in_groups].reshape(self.config.repeats, per_group, -1)
+        updated = {**params, "layers": _rebalanced(params["layers"], self.config.group, jnp.swapaxes(loads, 0, 1))}
+        if self.config.rest:
+            rest = self.config.group[: self.config.rest]
+            updated["rest"] = _rebalanced(params["rest"], rest, load[in_groups:])
+        return updated
 
     def layer_list(self, params: Params) -> list[Layer]:
         """Every layer with its own parameters, first to last."""
@@ -325,7 +390,7 @@ class Stack:
         return tuple(cross), tuple(own)
 
     def step(
-        self, params: Params, rows: Float[Array, "R Q D"], cache: PyTree
+        self, params: Params, rows: Float[Array, "R Q D"], cache: PyTree, placement: Placement
     ) -> tuple[Float[Array, "R Q D"], tuple[PyTree, ...]]:
         """Final normed states of a block of Q positions per row, and the self slots with the block written."""
         config, frame = self.config, self._bind_frame(params)
@@ -341,8 +406,41 @@ class Stack:
             memory_mask=None if memory_mask is None else memory_mask[:, None, None, :],
         )
         looks = Looks(view, config.attentions())
+        its = Pass(real=jnp.ones(rows.shape[:2], bool), placement=placement, cached=True)
         x, written = self.enter(params, rows, at), []
         for layer, own, cross in zip(self.layer_list(params), cache["self"], cache["cross"], strict=True):
-            x, updated = layer.step(x, {"self": own, "cross": cross}, view, looks)
+            x, updated = layer.step(x, {"self": own, "cross": cross}, view, looks, its)
             written.append(updated)
         return frame.final_norm(x) if config.final_norm else x, tuple(written)
+
+
+def _by_depth(groups: list[Notes], rest: list[Notes]) -> Notes:
+    """Notes of every layer, first to last. groups: of the places in a group, their arrays [repeats, …]."""
+
+    def ordered(of_group: list[PyTree], of_rest: list[PyTree]) -> PyTree:
+        deep = jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(len(x) * x[0].shape[0], *x[0].shape[1:]), *of_group)
+        if of_rest:
+            deep = jax.tree.map(lambda many, *x: jnp.concatenate([many, jnp.stack(x)]), deep, *of_rest)
+        return deep
+
+    routed = [[one for layer in part for one in layer.routed] for part in (groups, rest)]
+    names = {name for layer in groups for name in layer.taps}
+    taps = {
+        n: ordered(*([layer.taps[n] for layer in part if n in layer.taps] for part in (groups, rest))) for n in names
+    }
+    return Notes([ordered(*routed)] if routed[0] else [], taps)
+
+
+def _rebalanced(params: Params, layers: tuple[LayerSpec, ...], loads: Float[Array, "m *n E"]) -> Params:
+    """The layers' parameters with router biases moved, by the load of their m mixtures in order."""
+    updated, number = dict(params), 0
+    for index, layer in enumerate(layers):
+        for name, spec in zip(layer.names(), layer.sublayers, strict=True):
+            if not isinstance(spec, FFNSpec) or not spec.router:
+                continue
+            if spec.router.bias_rate:
+                body = dict(updated[str(index)][name])
+                body["router_bias"] = rebalanced(body["router_bias"], loads[number], spec.router.bias_rate)
+                updated[str(index)] = {**updated[str(index)], name: body}
+            number += 1
+    return updated

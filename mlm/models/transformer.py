@@ -1,5 +1,6 @@
 """The transformer: pure functions of a nested dict of arrays, built from a `ModelConfig`."""
 
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -8,18 +9,36 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.config import ModelConfig
+from mlm.models.config import FFNSpec, ModelConfig
 from mlm.models.functional import Template
-from mlm.models.layers import cap, parameter
+from mlm.models.layers import Pass, cap, parameter
+from mlm.models.routing import Routed
 from mlm.models.stack import Stack
-from mlm.types import Batch, Constrain, Hidden, Logits, Params, PyTree, SourceHidden, SourceSegments, SourceTokens
+from mlm.registry import nearest
+from mlm.types import (
+    ONE_DEVICE,
+    Batch,
+    Hidden,
+    Logits,
+    Params,
+    Placement,
+    PyTree,
+    SourceHidden,
+    SourceSegments,
+    SourceTokens,
+)
 
 
 class Output(NamedTuple):
-    """hidden: the last stack's states after its final norm, what the head reads. encoded: the encoder's, if any."""
+    """hidden: the last stack's states after its final norm, what the head reads. encoded: the encoder's, if any.
+
+    routed: of each stack with mixtures of experts, their records [n, …] by depth. taps: what was asked for, by name.
+    """
 
     hidden: Hidden
     encoded: SourceHidden | None
+    routed: dict[str, Routed]
+    taps: dict[str, Array]
 
 
 class Ends(nnx.Module):
@@ -42,14 +61,12 @@ class Ends(nnx.Module):
 
 class Transformer:
     """Encoder-decoder, decoder or encoder, as the config says. Holds no arrays: `init` makes them, every other method
-    takes them.
-
-    constrain(x, logical axes) pins activations to a mesh; the default leaves them alone.
+    takes them. placement: how activations and experts lie on devices.
     """
 
-    def __init__(self, config: ModelConfig, constrain: Constrain = lambda x, axes: x):
+    def __init__(self, config: ModelConfig, placement: Placement = ONE_DEVICE):
         self.config = config
-        self._constrain = constrain
+        self._placement = placement
         self._dtype = jnp.dtype(config.dtype)
         self._ends = Template(partial(Ends, config))
         width = {"encoder": config.memory_width, "decoder": config.d_model}
@@ -69,28 +86,61 @@ class Transformer:
         """Shape and dtype of every parameter; allocates nothing."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def __call__(self, params: Params, batch: Batch, key: Key[Array, ""] | None = None) -> Output:
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        key: Key[Array, ""] | None = None,
+        *,
+        languages: int = 0,
+        taps: Collection[str] = (),
+        steering: Mapping[str, Array] | None = None,
+    ) -> Output:
         """Final states of a text-to-text batch (`mlm.types.ROW_FEATURES`), packed or not; teacher-forced in a decoder.
 
-        A model of one stack reads only that stack's features. key: dropout key, or None for evaluation.
+        A model of one stack reads only that stack's features. key: dropout key, or None for evaluation. languages:
+        number of language ids, to count each one's use of experts (0: not counted). taps: names out of `tap_names`;
+        each comes back as [layers that have it, …]. steering: stack -> what is added to its router logits, [n, B or 1,
+        T or 1, E] for its n mixtures by depth (-inf forbids an expert).
+        Raises KeyError, with the nearest name, for a tap that the model does not have.
         """
+        self._check_taps(taps)
         source, target = (None, None) if key is None else jax.random.split(key)
         encoded = segments = None
+        routed: dict[str, Routed] = {}
+        taken: dict[str, Array] = {}
+
+        def run(stack: str, memory: SourceHidden | None, own_key: Key[Array, ""] | None) -> Hidden:
+            tokens, own = batch[f"{stack}_input_tokens"], batch[f"{stack}_segment_ids"]
+            prefix = f"{stack}/"
+            its = Pass(
+                real=own > 0,
+                rate=self.config.stacks()[stack].dropout,
+                placement=self._placement,
+                languages=batch[f"{stack}_language_ids"] if languages else None,
+                language_count=languages,
+                taps=frozenset(name.removeprefix(prefix) for name in taps if name.startswith(prefix)),
+            )
+            hidden, notes = self._stacks[stack].forward(
+                params[stack],
+                self._rows(params, stack, tokens),
+                own,
+                memory,
+                segments,
+                own_key,
+                its,
+                (steering or {}).get(stack),
+            )
+            if notes.routed:
+                routed[stack] = notes.routed[0]
+            taken.update({prefix + name: value for name, value in notes.taps.items()})
+            return hidden
+
         if "encoder" in self._stacks:
+            encoded = run("encoder", None, source)
             segments = batch["encoder_segment_ids"]
-            encoded = self.encode(params, batch["encoder_input_tokens"], segments, source)
-        if "decoder" not in self._stacks:
-            return Output(encoded, encoded)
-        hidden = self._stacks["decoder"].forward(
-            params["decoder"],
-            self._rows(params, "decoder", batch["decoder_input_tokens"]),
-            batch["decoder_segment_ids"],
-            encoded,
-            segments,
-            target,
-            self._constrain,
-        )
-        return Output(hidden, encoded)
+        hidden = run("decoder", encoded, target) if "decoder" in self._stacks else encoded
+        return Output(hidden, encoded, routed, taken)
 
     def encode(
         self,
@@ -100,10 +150,33 @@ class Transformer:
         key: Key[Array, ""] | None = None,
     ) -> SourceHidden:
         """Encoder states after the final norm. Without segments every token but padding (id 0) is one example."""
-        if segments is None:
-            segments = (tokens != 0).astype(jnp.int32)
+        segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
+        its = Pass(real=segments > 0, rate=self.config.stacks()["encoder"].dropout, placement=self._placement)
         rows = self._rows(params, "encoder", tokens)
-        return self._stacks["encoder"].forward(params["encoder"], rows, segments, None, None, key, self._constrain)
+        return self._stacks["encoder"].forward(params["encoder"], rows, segments, None, None, key, its)[0]
+
+    def tap_names(self) -> tuple[str, ...]:
+        """What `taps` can ask for: "encoder/hidden" (states after every layer), "decoder/ffn/activations",
+        "encoder/moe/probabilities" and the like.
+        """
+        kinds = {True: "activations", False: "probabilities"}
+        names = []
+        for stack, config in self.config.stacks().items():
+            names.append(f"{stack}/hidden")
+            for layer in config.group:
+                for name, spec in zip(layer.names(), layer.sublayers, strict=True):
+                    if isinstance(spec, FFNSpec):
+                        names.append(f"{stack}/{name}/{kinds[spec.router is None]}")
+        return tuple(dict.fromkeys(names))
+
+    def _check_taps(self, taps: Collection[str]) -> None:
+        for name in taps:
+            if name not in self.tap_names():
+                raise KeyError(f"no tap {name!r} in this model; {nearest(name, self.tap_names())}")
+
+    def rebalanced(self, params: Params, load: Mapping[str, Float[Array, "n E"]]) -> Params:
+        """The parameters after loss-free balancing, by the load that each stack's mixtures reported in `Output`."""
+        return params | {name: self._stacks[name].rebalanced(params[name], own) for name, own in load.items()}
 
     def head(self, params: Params) -> Float[Array, "D V"]:
         """The output matrix, times the head's multiplier (D^-1/2 for T5 with a tied head)."""
@@ -151,7 +224,7 @@ class Transformer:
         Q tokens by adding n to it, and rolls back by not adding. length + Q must not exceed the slots.
         """
         rows = self._rows(params, "decoder", tokens)
-        hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache)
+        hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self._placement)
         return self.logits(params, hidden), hidden, {**cache, "self": own}
 
     def _rows(self, params: Params, stack: str, tokens: Int[Array, "B T"]) -> Hidden:

@@ -3,12 +3,14 @@
 from mlm.parallel.batches import DataLayout, batch_sharding, data_layout, global_batch, prefetch
 from mlm.parallel.distributed import initialize_distributed, preempted
 from mlm.parallel.mesh import MeshConfig, describe, make_mesh
+from mlm.parallel.placement import MeshPlacement
 from mlm.parallel.rules import RULES, check_sizes, constrain, parameter_table, shardings, spec
 
 __all__ = [
     "RULES",
     "DataLayout",
     "MeshConfig",
+    "MeshPlacement",
     "batch_sharding",
     "check_sizes",
     "constrain",

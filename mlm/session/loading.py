@@ -9,7 +9,7 @@ from mlm.checkpoints import CheckpointConfig, Checkpointer, CheckpointError, Cor
 from mlm.checkpoints.run_directory import RunDirectory
 from mlm.models.config import from_json
 from mlm.models.transformer import Transformer
-from mlm.parallel import MeshConfig, batch_sharding, constrain, make_mesh, shardings
+from mlm.parallel import MeshConfig, MeshPlacement, batch_sharding, make_mesh, shardings
 from mlm.registry import nearest
 from mlm.session.session import Session
 
@@ -47,7 +47,7 @@ def load(
         raise ValueError(f"{vocabulary} has more ids than the model's table of {config.vocab_size} rows")
 
     grid = make_mesh(mesh or MeshConfig(), devices)
-    model = Transformer(config, constrain(grid))
+    model = Transformer(config, MeshPlacement(grid))
     shapes = model.shapes()
     wanted = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -26,11 +26,13 @@ def train_step(
     key: Key[Array, ""],
     microbatches: int = 1,
     ema_decay: float = 0.0,
+    adjust: Callable[[Params, Metrics], Params] = lambda params, metrics: params,
 ) -> tuple[TrainState, Metrics]:
     """The state after one update on the global batch, and its metrics.
 
     gradient = d(sum of losses) / d params / (sum of weights): one division over the whole batch, so the update does not
     depend on microbatches, packing or devices. Every microbatch draws its own dropout key, folded from the step number.
+    adjust moves what no gradient moves, by the step's metrics (biases of routers).
     When the loss or the gradient norm is not finite, everything but the step count stays as it was and `skipped` grows.
     """
     key = jax.random.fold_in(stream(key, "dropout"), state.step)
@@ -41,7 +43,7 @@ def train_step(
     finite = jnp.isfinite(loss.sum) & jnp.isfinite(norm)
 
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = adjust(optax.apply_updates(state.params, updates), loss.metrics)
     average = None if state.ema is None else ema(state.ema, params, ema_decay)
     params, moments, average = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from mlm.models.config import ModelConfig
 from mlm.models.transformer import Transformer
 from mlm.objectives import OBJECTIVES, Loss
-from mlm.parallel import check_sizes, constrain, shardings
+from mlm.parallel import MeshPlacement, check_sizes, shardings
 from mlm.registry import nearest
 from mlm.training.optimizers import state_axes
+from mlm.training.routing import rebalanced, with_routing
 from mlm.training.state import TrainState, init_state
 from mlm.training.step import evaluation_step, train_step
 from mlm.types import Batch, Params, PyTree
@@ -62,7 +63,7 @@ class Trainer:
 
     def __init__(self, model: ModelConfig, train: TrainConfig, optimizer: OptimizerFactory, mesh: Mesh, languages: int):
         self.config, self.mesh = train, mesh
-        self.model = Transformer(model, constrain(mesh))
+        self.model = Transformer(model, MeshPlacement(mesh))
         shapes, axes = self.model.shapes(), self.model.axes()
         self.optimizer = optimizer(axes, shapes)
         self._key = jax.random.key(train.seed)
@@ -83,6 +84,7 @@ class Trainer:
             key=self._key,
             microbatches=train.microbatches,
             ema_decay=train.ema_decay,
+            adjust=partial(rebalanced, self.model),
         )
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, scalar))
         self.evaluate_batch = jax.jit(partial(evaluation_step, loss_fn=loss_fn), out_shardings=scalar)
@@ -112,9 +114,9 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
     if model.config.decoder is None:
         raise ValueError(f"objective {config.objective!r} predicts decoder targets, and this model has no decoder")
 
-    def loss(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-        output = model(params, batch, key)
-        return objective(
+    def loss_of(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+        output = model(params, batch, key, languages=languages)
+        loss = objective(
             output.hidden,
             model.head(params),
             batch,
@@ -125,5 +127,6 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
             chunk=config.loss_chunk,
             mesh=mesh,
         )
+        return with_routing(loss, output.routed, batch) if output.routed else loss
 
-    return loss
+    return loss_of

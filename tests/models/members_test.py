@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models.config import AttentionSpec, EmbeddingSpec, FFNSpec, LayerSpec, PositionSpec, StackConfig, deep_norm
+from mlm.models.config import (
+    AttentionSpec,
+    EmbeddingSpec,
+    FFNSpec,
+    LayerSpec,
+    PositionSpec,
+    RouterSpec,
+    StackConfig,
+    deep_norm,
+)
 from mlm.models.presets import fairseq_style, gemma_3, t5_style, t5gemma
 from mlm.models.transformer import Transformer
 from tests.models import rows
@@ -55,6 +64,32 @@ def deep():
     return dataclasses.replace(plain, **stacks)
 
 
+def moe():
+    """Every second layer sparse, two experts a token; an odd number of layers."""
+    return with_router(T5(layers=(3, 3)), RouterSpec(experts=4, k=2, z=1e-3), every=2)
+
+
+def moe_kit():
+    """Conditional routing, masked outputs, biased experts, kept gates, balancing biases, behind a dense network."""
+    router = RouterSpec(experts=3, k=2, gates="kept", shared=10, budget=0.8, output_masking=0.2, bias_rate=0.01)
+    plain = fairseq_style(d_model=32, d_ff=10, layers=2, vocab_size=V)
+    return with_router(plain, router, every=1, extra=True)
+
+
+def with_router(config, router, every, extra=False):
+    """The model with every `every`-th feed-forward network a mixture, `extra`: after the dense one."""
+
+    def stack(own):
+        (layer,) = own.group
+        *others, ffn = layer.sublayers
+        mixture = dataclasses.replace(ffn, router=router)
+        sparse = LayerSpec(sublayers=(*others, *([ffn] if extra else []), mixture))
+        group = (layer,) * (every - 1) + (sparse,)
+        return dataclasses.replace(own, group=group, repeats=own.repeats // every, rest=own.repeats % every)
+
+    return dataclasses.replace(config, **{name: stack(own) for name, own in config.stacks().items()})
+
+
 T5 = partial(t5_style, vocab_size=V, d_model=12, d_ff=10, heads=3, head_dim=4, layers=(2, 2))
 MEMBERS = {
     "t5": partial(T5, activation="relu", tied=True),
@@ -65,6 +100,8 @@ MEMBERS = {
     "nllb": partial(fairseq_style, d_model=32, d_ff=10, layers=2, vocab_size=V),
     "mbart": partial(fairseq_style, d_model=32, d_ff=10, layers=2, vocab_size=V, activation="gelu", learned=True),
     "deep": deep,
+    "moe": moe,
+    "moe_kit": moe_kit,
 }
 batch_of = partial(rows.batch_of, source_length=S, target_length=T)
 ROWS = [([5, 6, 7, 8, 9, 10, 11, 1], [3, 4, 5, 6, 7, 1]), ([11, 12, 13, 1], [14, 15, 1])]
@@ -96,7 +133,7 @@ def test_scanned_equals_unrolled_in_value_and_gradient(member):
     def loss(params, model):
         return jnp.mean(jnp.square(logits_of(model, params, batch_of(ROWS))))
 
-    want, got = (jax.value_and_grad(loss)(params, m) for m in (model, unrolled))
+    want, got = (jax.jit(jax.value_and_grad(partial(loss, model=m)))(params) for m in (model, unrolled))
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want[1]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale), got, want)
 
@@ -130,12 +167,12 @@ def test_cached_blocks_equal_the_whole(member, blocks):
     encoded = mask = None
     if model.config.encoder:
         mask = batch["encoder_segment_ids"] > 0
-        encoded = model.encode(params, batch["encoder_input_tokens"], batch["encoder_segment_ids"])
+        encoded = jax.jit(model.encode)(params, batch["encoder_input_tokens"], batch["encoder_segment_ids"])
     tokens = jnp.repeat(batch["decoder_input_tokens"], 2, axis=0)
-    ready = model.unrolled(params)
+    ready, step = model.unrolled(params), jax.jit(model.step)
     cache, got, start = model.init_cache(ready, encoded, mask, 4, T + 2), [], 0
     for size in blocks:
-        logits, _, cache = model.step(ready, tokens[:, start : start + size], cache)
+        logits, _, cache = step(ready, tokens[:, start : start + size], cache)
         cache = {**cache, "length": cache["length"] + size}
         got.append(logits)
         start += size

@@ -1,5 +1,8 @@
 """Batches of a few rows, and the logits that a model gives them."""
 
+from functools import lru_cache
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,4 +23,9 @@ def batch_of(rows, source_length, target_length):
 
 
 def logits_of(model, params, batch):
-    return model.logits(params, model(params, batch).hidden)
+    return _compiled(model)(params, {name: jnp.asarray(x) for name, x in batch.items()})
+
+
+@lru_cache(maxsize=4)
+def _compiled(model):
+    return jax.jit(lambda params, batch: model.logits(params, model(params, batch).hidden))
