@@ -103,8 +103,10 @@ class MixtureOfExperts(nnx.Module):
             if slots is None:
                 y = self._sorted(states, choice._replace(gates=mask(choice.gates)), drops, its)
             else:
-                plan, kept = routing.plan(choice, spec.experts, slots, spec.priority, spec.gates == "kept")
-                y = self._buffered(states, plan._replace(gates=mask(plan.gates)), drops, its)
+                place = routing.places(choice, spec.experts, spec.priority)
+                kept = (place < slots) & real[..., None]
+                choice = choice._replace(gates=mask(routing.kept_gates(choice.gates, kept, spec.gates)))
+                y = self._buffered(states, routing.plan(choice, place, spec.experts, slots), drops, its)
                 dropped = jnp.sum(~kept & real[..., None], dtype=jnp.float32)
         loss = loss + spec.z * routing.z_loss(logits, real)
         y = y.reshape(x.shape)

@@ -54,7 +54,7 @@ def choose(
     probs: Probabilities, real: Real, k: int, gates: str = "raw", bias: Float[Array, "E"] | None = None
 ) -> Choice:
     """The k experts of largest p (+ bias, which the gates do not see). gates: see `RouterSpec`; "kept" renormalises
-    where it is known what was kept, in `plan`.
+    once more where it is known what was kept, in `kept_gates`.
     """
     scores = probs if bias is None else probs + bias
     experts = jax.lax.top_k(scores, k)[1]
@@ -66,27 +66,30 @@ def choose(
     )
 
 
-def plan(
-    choice: Choice, experts: int, slots: int, priority: str = "token", kept_gates: bool = False
-) -> tuple[Plan, Bool[Array, "G N k"]]:
-    """(who stands in the C slots of every expert, which choices were kept), in order of `RouterSpec.priority`.
-
-    kept_gates: gates are divided by their sum over the choices that were kept.
+def places(choice: Choice, experts: int, priority: str = "token") -> Int[Array, "G N k"]:
+    """The slot that every choice gets at its expert, served in order of `RouterSpec.priority`: with C slots, those
+    below C are kept.
     """
+    return jax.vmap(lambda e, turn: _place(e, turn, experts))(choice.experts, _turns(choice, priority))
+
+
+def kept_gates(gates: Float[Array, "G N k"], kept: Bool[Array, "G N k"], gated: str) -> Float[Array, "G N k"]:
+    """Gates of the choices that were kept, 0 of the others; gated "kept": they sum to 1 for every token served."""
+    gates = jnp.where(kept, gates, 0.0)
+    return gates / jnp.maximum(jnp.sum(gates, axis=-1, keepdims=True), 1e-9) if gated == "kept" else gates
+
+
+def plan(choice: Choice, place: Int[Array, "G N k"], experts: int, slots: int) -> Plan:
+    """Who stands in the slots of every expert, from where every choice stands."""
     groups, tokens, _ = choice.experts.shape
-    place = jax.vmap(lambda e, turn: _place(e, turn, experts))(choice.experts, _turns(choice, priority))
-    kept = (place < slots) & (choice.experts < experts)
-    gates = jnp.where(kept, choice.gates, 0.0)
-    if kept_gates:
-        gates = gates / jnp.maximum(jnp.sum(gates, axis=-1, keepdims=True), 1e-9)
-    at = jnp.broadcast_to(jnp.arange(tokens)[None, :, None], kept.shape)
+    at = jnp.broadcast_to(jnp.arange(tokens)[None, :, None], place.shape)
 
-    def fill(empty: Array, expert: Array, place: Array, kept: Array, value: Array) -> Array:
-        return empty.at[jnp.where(kept, expert, experts), place].set(value, mode="drop")
+    def fill(empty: Array, expert: Array, place: Array, value: Array) -> Array:
+        return empty.at[expert, place].set(value, mode="drop")  # no such expert, or no such slot
 
-    table = jax.vmap(fill)(jnp.full((groups, experts, slots), tokens), choice.experts, place, kept, at)
-    values = jax.vmap(fill)(jnp.zeros((groups, experts, slots)), choice.experts, place, kept, gates)
-    return Plan(table.astype(jnp.int32), values), kept
+    table = jax.vmap(fill)(jnp.full((groups, experts, slots), tokens), choice.experts, place, at)
+    gates = jax.vmap(fill)(jnp.zeros((groups, experts, slots)), choice.experts, place, choice.gates)
+    return Plan(table.astype(jnp.int32), gates)
 
 
 def _turns(choice: Choice, priority: str) -> Int[Array, "G N k"]:
