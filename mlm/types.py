@@ -41,10 +41,10 @@ class Placement:
         """The activation, pinned by its logical axes."""
         return array
 
-    def by_expert(self, body: Callable, rows: PyTree, weights: Params, axes: Mapping[str, Axes]) -> Array:
-        """Sum of body(rows, weights held, number of the first expert held) over the owners of experts.
+    def by_expert(self, body: Callable, rows: Params, weights: Params, axes: Mapping[str, Axes]) -> Array:
+        """Sum of body(rows, weights held, number of the first expert held) over the owners of experts, [G, …].
 
-        rows: arrays [G, …]; the result is one too. weights: arrays [E, …] with their logical axes.
+        rows: arrays [G, …] and weights: arrays [E, …], by names that `axes` gives logical axes to.
         """
         return body(rows, weights, 0)
 

@@ -21,6 +21,10 @@ from mlm.models.routing import Choice, Plan, Probabilities, Real, Routed
 from mlm.types import Hidden, Params
 
 _AXES = {
+    "states": ("batch", None, None),
+    "experts": ("batch", None, None),
+    "gates": ("batch", None, None),
+    "drops": ("batch", "mlp"),
     "gate": ("experts", "embed", "mlp"),
     "up": ("experts", "embed", "mlp"),
     "down": ("experts", "mlp", "embed"),
@@ -133,7 +137,8 @@ class MixtureOfExperts(nnx.Module):
         return jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate)
 
     def _weights(self) -> Params:
-        return {name: getattr(self, name)[...] for name in _AXES if hasattr(self, name)}
+        names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+        return {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
 
     def _buffered(
         self, x: Float[Array, "G N D"], plan: Plan, drops: Float[Array, "G F"], its: Pass
@@ -160,9 +165,8 @@ class MixtureOfExperts(nnx.Module):
         """The dropless path, each owner of experts serving the tokens that chose them."""
         weights = self._weights()
         bias = weights.pop("down_bias", None)
-        rows = (x, choice.experts, choice.gates, drops)
-        axes = {name: _AXES[name] for name in weights}
-        y = its.placement.by_expert(partial(_serve, self.spec), rows, weights, axes)
+        rows = {"states": x, "experts": choice.experts, "gates": choice.gates, "drops": drops}
+        y = its.placement.by_expert(partial(_serve, self.spec), rows, weights, _AXES)
         if bias is not None:  # here, because owners may hold only a part of the width that `down` sums over
             bias = jnp.pad(bias, ((0, 1), (0, 0)))[choice.experts]
             y = y + jnp.sum(bias * choice.gates[..., None], axis=2)
@@ -184,9 +188,9 @@ class MixtureOfExperts(nnx.Module):
         return (1 - share) * shared + share * y, loss
 
 
-def _serve(spec: FFNSpec, rows: tuple, weights: Params, first: int | Int[Array, ""]) -> Float[Array, "G N D"]:
+def _serve(spec: FFNSpec, rows: Params, weights: Params, first: int | Int[Array, ""]) -> Float[Array, "G N D"]:
     """What the experts first, first + 1, … of `weights` contribute to all tokens, in float32."""
-    x, experts, gates, drops = rows
+    x, experts = rows["states"], rows["experts"]
     groups, tokens, k = experts.shape
     held = weights["down"].shape[0]
     own = (experts >= first) & (experts < first + held)
@@ -199,9 +203,9 @@ def _serve(spec: FFNSpec, rows: tuple, weights: Params, first: int | Int[Array, 
         return y + weights[f"{name}_bias"].astype(h.dtype)[expert] if f"{name}_bias" in weights else y
 
     pairs = permute(jnp.repeat(x.reshape(-1, x.shape[-1]), k, axis=0), order, inverse)
-    y = feed_forward(spec, project, pairs, lambda h: h * drops.astype(h.dtype)[group])
+    y = feed_forward(spec, project, pairs, lambda h: h * rows["drops"].astype(h.dtype)[group])
     y = permute(y, inverse, order).reshape(groups, tokens, k, -1)
-    return jnp.einsum("GNKD,GNK->GND", y.astype(jnp.float32), jnp.where(own, gates, 0.0))
+    return jnp.einsum("GNKD,GNK->GND", y.astype(jnp.float32), jnp.where(own, rows["gates"], 0.0))
 
 
 def _masked(gates: Array, rate: float, key: Key[Array, ""] | None) -> Array:

@@ -25,7 +25,7 @@ class MeshPlacement(Placement):
         """The activation, pinned by the rule table. Raises ValueError while tracing for a name without a rule."""
         return self._pin(array, axes)
 
-    def by_expert(self, body: Callable, rows: PyTree, weights: Params, axes: Mapping[str, Axes]) -> jax.Array:
+    def by_expert(self, body: Callable, rows: Params, weights: Params, axes: Mapping[str, Axes]) -> jax.Array:
         """Every device runs `body` on its own experts; rows and results go round the owners in a ring.
 
         A turn of the ring sends (rows + results) of one device to its neighbour; after as many turns as owners the
@@ -39,13 +39,17 @@ class MeshPlacement(Placement):
         parts = 1
         for axis in over:
             parts *= mesh.shape[axis]
-        count = jax.tree.leaves(rows)[0].shape[0]
-        split = P(over) if count % parts == 0 else P()
+        divides = next(iter(rows.values())).shape[0] % parts == 0
         # The width that all experts share arrives whole: fsdp gathers it, as it does for dense layers.
-        held = {n: spec(tuple("routes" if a == "embed" else a for a in axes[n]), mesh, name=n) for n in weights}
-        local = partial(_ring if split != P() else _all_rows, body, mesh)
-        mapped = jax.shard_map(local, mesh=mesh, in_specs=(split, held), out_specs=split, check_vma=False)
-        return mapped(rows, weights)
+        whole = {"embed"} if divides else {"embed", "batch"}
+
+        def specs(arrays: Params) -> dict[str, P]:
+            return {n: spec(tuple(None if a in whole else a for a in axes[n]), mesh, name=n) for n in arrays}
+
+        local = partial(_ring if divides else _all_rows, body, mesh)
+        split = P(over) if divides and over else P()
+        inputs = (specs(rows), specs(weights))
+        return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=split, check_vma=False)(rows, weights)
 
 
 def _ring(body: Callable, mesh: Mesh, rows: PyTree, weights: Params) -> jax.Array:
