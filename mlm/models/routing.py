@@ -56,8 +56,11 @@ def choose(
     """The k experts of largest p (+ bias, which the gates do not see). gates: see `RouterSpec`; "kept" renormalises
     once more where it is known what was kept, in `kept_gates`.
     """
-    scores = probs if bias is None else probs + bias
-    experts = jax.lax.top_k(scores, k)[1]
+    scores, picks = probs if bias is None else probs + bias, []
+    for _ in range(k):  # `lax.top_k` would gather the whole batch on every device of a mesh
+        picks.append(jnp.argmax(scores, axis=-1))
+        scores = jnp.where(picks[-1][..., None] == jnp.arange(probs.shape[-1]), -jnp.inf, scores)
+    experts = jnp.stack(picks, axis=-1)
     chosen = jnp.take_along_axis(probs, experts, axis=-1)
     if gates != "raw":
         chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
@@ -117,8 +120,9 @@ def _place(experts: Int[Array, "N k"], turns: Int[Array, "N k"], count: int) -> 
 
 def expert_choice(probs: Probabilities, real: Real, slots: int) -> Plan:
     """Every expert takes the C real tokens that give it the largest p; gates are p. Source: Zhou et al. 2022."""
-    scores = jnp.where(real[..., None], probs, -1.0)
-    gates, tokens = jax.lax.top_k(jnp.swapaxes(scores, 1, 2), slots)
+    scores = jnp.swapaxes(jnp.where(real[..., None], probs, -1.0), 1, 2)
+    tokens = jnp.argsort(-scores, axis=-1, stable=True)[..., :slots]
+    gates = jnp.take_along_axis(scores, tokens, axis=-1)
     taken = gates >= 0.0
     return Plan(jnp.where(taken, tokens, probs.shape[1]).astype(jnp.int32), jnp.where(taken, gates, 0.0))
 
