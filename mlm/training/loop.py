@@ -132,7 +132,8 @@ def fit(
             params = state.params if state.ema is None else state.ema
             for local in make_rows():
                 scores.add(trainer.evaluate_batch(params, global_batch(local, trainer.mesh)))
-            means = scores.means()
+            means = scores.means() | scores.layers()
+            writer.write_experts(name, step, scores.experts())
             results |= {f"{name}/{metric}": value for metric, value in means.items()}
             losses = {i: {"loss": nll, "tokens": tokens} for i, (nll, tokens) in scores.languages().items()}
             writer.write(name, step, means, losses)
@@ -176,7 +177,7 @@ def fit(
 def _summary(
     meter: Meter, seconds: float, rate: Any, flops_per_step: float, peak_flops: float | None
 ) -> dict[str, float]:
-    info = {name: value for name, value in meter.means().items() if name not in ("finite",)}
+    info = {name: value for name, value in meter.means().items() if name not in ("finite",)} | meter.layers()
     tokens = sum(float(meter.sums[n][1].sum()) for n in ("language_nll", "language_source_tokens") if n in meter.sums)
     per_second = meter.steps / max(seconds, 1e-9)
     info |= {

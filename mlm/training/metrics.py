@@ -1,5 +1,6 @@
 """Metrics on the host: sums kept in float64, means computed once, written as JSON lines and TensorBoard events."""
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from mlm.checkpoints.run_directory import RunDirectory
+from mlm.registry import nearest
 from mlm.training.step import Metrics
 
 # Sums of [L] arrays, one entry per language id.
 LANGUAGE_NLL = "language_nll"
 LANGUAGE_SOURCE = "language_source_tokens"
+# Sums by layer, "routing/STACK/…": see `mlm.training.routing`.
+ROUTING, EXPERT_LOAD, EXPERTS_BY_LANGUAGE = "routing/", "expert_load", "experts_by_language"
 
 
 class Meter:
@@ -41,6 +46,29 @@ class Meter:
         """name -> sum / weight for the pairs without an axis, and the last scalars. Empty weights give no entry."""
         pairs = {n: s / w for n, (s, w) in self.sums.items() if np.ndim(s) == 0 and w > 0}
         return {n: float(v) for n, v in pairs.items()} | self.last
+
+    def layers(self) -> dict[str, float]:
+        """ "routing/encoder/dropped/0" -> the mean of the first mixture, and so on; "busiest": the load of the expert
+        that is chosen most, over the mean load (1: even). Empty for a model without mixtures of experts.
+        """
+        found: dict[str, float] = {}
+        for name, (total, weight) in self.sums.items():
+            if not name.startswith(ROUTING):
+                continue
+            if np.ndim(total) == 1:
+                means = total / np.maximum(weight, 1.0)
+            elif name.endswith(EXPERT_LOAD):
+                name = name.replace(EXPERT_LOAD, "busiest")
+                means = np.max(total, axis=-1) / np.maximum(np.mean(total, axis=-1), 1e-9)
+            else:
+                continue
+            found |= {f"{name}/{layer}": float(mean) for layer, mean in enumerate(means)}
+        return found
+
+    def experts(self) -> dict[str, np.ndarray]:
+        """stack -> choices [n mixtures, L language ids, E experts]."""
+        tables = {n: s for n, (s, _) in self.sums.items() if n.startswith(ROUTING) and n.endswith(EXPERTS_BY_LANGUAGE)}
+        return {name.split("/")[1]: table for name, table in tables.items()}
 
     def languages(self) -> dict[int, tuple[float, int]]:
         """language id -> (mean loss in nats per target token, target tokens), for the languages seen."""
@@ -79,7 +107,7 @@ class MetricWriter:
     """
 
     def __init__(self, directory: Path, languages: Sequence[str], resume_step: int):
-        self._codes = languages
+        self._codes, self._directory = languages, RunDirectory(directory)
         self._path = directory / "metrics.jsonl"
         self._events: Any = None
         self._lines: Any = None
@@ -114,6 +142,14 @@ class MetricWriter:
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}_{name}/{code}", value, step)
 
+    def write_experts(self, kind: str, step: int, tables: Mapping[str, np.ndarray]) -> None:
+        """experts/KIND_STEP.npz: stack -> choices [n mixtures, L, E], "languages": the L codes. `read_experts`."""
+        if self._lines is None or not tables:
+            return
+        packed = io.BytesIO()
+        np.savez_compressed(packed, languages=np.array(self._codes), **dict(tables))  # type: ignore[arg-type]
+        self._directory.write(f"experts/{kind}_{step}.npz", packed.getvalue())
+
     def __enter__(self) -> "MetricWriter":
         return self
 
@@ -137,6 +173,22 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return records
+
+
+def read_experts(directory: Path, kind: str = "validation", step: int | None = None) -> dict[str, np.ndarray]:
+    """Which experts served which language at an evaluation (the last one): {"encoder"|"decoder": choices [n, L, E],
+    "languages": [L] codes}. Only numbers and text are read from the file, never objects.
+
+    Raises FileNotFoundError, naming what there is, when the run has no such table.
+    """
+    found = {p.stem: p for p in (directory / "experts").glob("*.npz")}
+    steps = sorted(int(name.rpartition("_")[2]) for name in found if name.rpartition("_")[0] == kind)
+    name = f"{kind}_{step if step is not None else (steps or [0])[-1]}"
+    if name not in found:
+        known = nearest(name, found) if found else "there is none: only models with mixtures of experts write them"
+        raise FileNotFoundError(f"{directory / 'experts'} holds no table {name!r}; {known}")
+    with np.load(found[name], allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in arrays.files}
 
 
 def _truncate(path: Path, step: int) -> None:

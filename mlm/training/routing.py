@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from mlm.models.routing import Routed
 from mlm.models.transformer import Transformer
 from mlm.objectives import Loss
+from mlm.training.metrics import EXPERT_LOAD, EXPERTS_BY_LANGUAGE, ROUTING
 from mlm.training.step import Metrics
 from mlm.types import Batch, Params
-
-PREFIX = "routing"
 
 
 def with_routing(loss: Loss, routed: Mapping[str, Routed], batch: Batch) -> Loss:
@@ -28,11 +27,11 @@ def with_routing(loss: Loss, routed: Mapping[str, Routed], batch: Batch) -> Loss
     metrics = dict(loss.metrics, router_loss=(total, jnp.sum(weights)))
     for stack, r in routed.items():
         metrics |= {
-            f"{PREFIX}/{stack}/dropped": (r.dropped, r.choices),
-            f"{PREFIX}/{stack}/entropy": (r.entropy, r.tokens),
-            f"{PREFIX}/{stack}/z": (r.z, r.tokens),
-            f"{PREFIX}/{stack}/expert_load": (r.load, r.choices[:, None]),
-            f"{PREFIX}/{stack}/experts_by_language": (r.languages, r.languages),
+            f"{ROUTING}{stack}/dropped": (r.dropped, r.choices),
+            f"{ROUTING}{stack}/entropy": (r.entropy, r.tokens),
+            f"{ROUTING}{stack}/z": (r.z, r.tokens),
+            f"{ROUTING}{stack}/{EXPERT_LOAD}": (r.load, r.choices[:, None]),
+            f"{ROUTING}{stack}/{EXPERTS_BY_LANGUAGE}": (r.languages, r.languages),
         }
     return Loss(loss.sum + total, loss.weight, metrics)
 
@@ -40,7 +39,7 @@ def with_routing(loss: Loss, routed: Mapping[str, Routed], batch: Batch) -> Loss
 def rebalanced(model: Transformer, params: Params, metrics: Metrics) -> Params:
     """Router biases after a step of loss-free balancing, by the loads of the whole global batch."""
     loads = {
-        stack: metrics[f"{PREFIX}/{stack}/expert_load"][0]
+        stack: metrics[f"{ROUTING}{stack}/{EXPERT_LOAD}"][0]
         for stack, config in model.config.stacks().items()
         if any(router.bias_rate for router in config.routers())
     }
