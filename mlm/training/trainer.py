@@ -116,10 +116,12 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
 
     def loss_of(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
         output = model(params, batch, key, languages=languages)
+        hidden, kernel, bias = model.head(params, output.hidden)
         loss = objective(
-            output.hidden,
-            model.head(params),
+            hidden,
+            kernel,
             batch,
+            bias=bias,
             num_languages=languages,
             z_loss=config.z_loss,
             label_smoothing=config.label_smoothing,
