@@ -18,6 +18,7 @@ from mlm.models.config import (
     StackConfig,
     deep_norm,
 )
+from mlm.models.positions import rotate
 from mlm.models.presets import bert_style, fairseq_style, gemma_3, glm_style, llama_style, t5_style, t5gemma
 from mlm.models.transformer import Transformer
 from mlm.objectives import head_cross_entropy, token_cross_entropy
@@ -303,3 +304,40 @@ def test_embedding_gradients_shrink_and_values_do_not():
     np.testing.assert_allclose(tenth[0], whole[0], rtol=1e-6)
     np.testing.assert_allclose(tenth[1]["embedding"], 0.1 * whole[1]["embedding"], rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(tenth[1]["head"], whole[1]["head"], rtol=1e-4, atol=1e-8)
+
+
+def test_glm_is_the_released_order_of_norms():
+    """GLM-130B norms before its first layer and after its last: x = LN(h); h = a x + f(x) for every sublayer f.
+
+    Here the first of those norms is the embedding's and each other one the sublayer's before it.
+    """
+    model, params = made("glm")
+    own, alpha = model.config.decoder.group[0].sublayers[0], model.config.decoder.residual.alpha
+    assert alpha == 2.0  # (2 x 2 layers)^1/2
+    decoder, tokens = params["decoder"], jnp.array([[3, 4, 5, 6]])
+    layers = [jax.tree.map(lambda x, i=i: x[i], decoder["layers"])["0"] for i in range(2)]
+
+    def norm(x, p):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+    def attention(x, p):
+        q, k, v = (
+            jnp.einsum("btd,dhk->bhtk", x, p[n]) + p[f"{n}_bias"][None, :, None] for n in ("query", "key", "value")
+        )
+        q, k = (rotate(y, jnp.arange(4)[None], own.position) for y in (q, k))
+        scores = jnp.where(np.tril(np.ones((4, 4), bool)), jnp.einsum("bhtk,bhsk->bhts", q, k) / 2.0, -1e9)
+        return jnp.einsum("bhts,bhsk,hkd->btd", jax.nn.softmax(scores), v, p["out"]) + p["out_bias"]
+
+    def feed_forward(x, p):
+        gate, up = (x @ p[n] + p[f"{n}_bias"] for n in ("gate", "up"))
+        return (gate * 0.5 * (1 + jax.scipy.special.erf(gate / np.sqrt(2.0))) * up) @ p["down"] + p["down_bias"]
+
+    norms = [decoder["embedding_norm"]] + [p[n]["norm"] for p in layers for n in ("self_attention", "ffn")]
+    h = params["embedding"][tokens]
+    for number, (layer, name) in enumerate((p, n) for p in layers for n in ("self_attention", "ffn")):
+        x = norm(h, norms[number])
+        h = alpha * x + {"self_attention": attention, "ffn": feed_forward}[name](x, layer[name])
+    want = norm(h, norms[-1]) @ params["embedding"].T
+    batch = {"decoder_input_tokens": tokens, "decoder_segment_ids": jnp.ones_like(tokens)}
+    np.testing.assert_allclose(logits_of(model, params, batch), want, rtol=1e-4, atol=1e-4)
