@@ -230,6 +230,19 @@ def test_packed_sources_equal_unpacked_ones(reader):
     np.testing.assert_allclose(got[0, 5:], want[1, :4], rtol=1e-4, atol=1e-4)
 
 
+def test_an_encoder_uses_all_that_it_owns_once(reader):
+    """Tables, norms, the row of the token type, the head's transform and bias: without any of them logits change."""
+    model, params = reader
+    batch = batch_of(ROWS)
+    want = logits_of(model, params, batch)
+    owned = {(name,): value for name, value in params.items() if name != "encoder"}
+    owned |= {("encoder", name): value for name, value in params["encoder"].items() if name != "layers"}
+    for path, value in owned.items():
+        without = {name: dict(part) if name == "encoder" else part for name, part in params.items()}
+        (without["encoder"] if len(path) == 2 else without)[path[-1]] = jax.tree.map(jnp.zeros_like, value)
+        assert float(jnp.abs(logits_of(model, without, batch) - want).max()) > 1e-2, path
+
+
 def test_an_encoder_reads_in_both_directions(reader):
     model, params = reader
     batch = batch_of(ROWS)
