@@ -5,6 +5,7 @@ Axis letters never change meaning between files:
     B batch rows        T target length     S source length    Q query block of a decoding step
     D model width       H heads             K head size        M cache slots
     F feed-forward      V vocabulary        L languages        R decoding rows (batch x beams)
+    W encoder width (D, mostly)
     E experts           C expert capacity   G routing groups   N tokens of a group
     k choices of a token
 
@@ -24,7 +25,7 @@ Segments = Int[Array, "B T"]  # 1, 2, …: the example a token belongs to; 0: pa
 SourceSegments = Int[Array, "B S"]
 Weights = Float[Array, "B T"]  # 1: counts in the loss, 0: does not
 Hidden = Float[Array, "B T D"]
-SourceHidden = Float[Array, "B S D"]
+SourceHidden = Float[Array, "B S W"]
 Logits = Float[Array, "B T V"]
 
 Batch = Mapping[str, Array]

@@ -308,13 +308,10 @@ def _language_info(rows: Any) -> dict[int, dict[str, float]]:
 
 def _compiled_memory(trainer: Any, rows: Any) -> str:
     from mlm.parallel import global_batch
+    from mlm.training.memory import step_memory
 
-    compiled = trainer.step.lower(trainer.abstract, global_batch(next(rows), trainer.mesh)).compile()
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return "memory unknown on this platform"
-    size = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    return f"{screen.amount(float(size))}B per device"
+    memory = step_memory(trainer, global_batch(next(rows), trainer.mesh))
+    return f"{screen.amount(float(sum(memory)))}B per device" if memory else "memory unknown on this platform"
 
 
 def _describe_run(plan: Plan, directory: Any, trainer: Any, rows: Any, config_text: str, start: int) -> None:

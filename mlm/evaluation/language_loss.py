@@ -104,13 +104,14 @@ class TokenLosses:
         return jax.device_get(self._run(params, jax.device_put(used, self._rows)))
 
     def _nll(self, params: Params, batch: dict[str, Array]) -> Float[Array, "B T"]:
-        hidden = self.model(params, batch).hidden
+        hidden, kernel, bias = self.model.head(params, self.model(params, batch).hidden)
         target = batch["decoder_target_tokens"]
         mesh = None if self._rows is None else self._rows.mesh
         weights = jnp.ones(target.shape, jnp.float32)
-        kernel, softcap = self.model.head(params), self.model.config.head.softcap
-        stats = head_cross_entropy(hidden, kernel, target, weights, softcap=softcap, chunk=self._chunk, mesh=mesh)[1]
-        return stats.nll
+        softcap = self.model.config.head.softcap
+        return head_cross_entropy(
+            hidden, kernel, target, weights, bias=bias, softcap=softcap, chunk=self._chunk, mesh=mesh
+        )[1].nll
 
 
 _READ = (

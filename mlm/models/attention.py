@@ -178,7 +178,7 @@ class Attention(nnx.Module):
         return self._turned(self._normed(self._project(x, "query"), "query_norm"), positions)
 
     def keys_values(
-        self, states: Float[Array, "B S M"], positions: Int[Array, "#B S"] | None = None
+        self, states: Float[Array, "B S _"], positions: Int[Array, "#B S"] | None = None
     ) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]]:
         """Keys and values of the states to be looked at. positions None: they are not turned (encoder states)."""
         key = self._turned(self._normed(self._project(states, "key"), "key_norm"), positions)
@@ -216,7 +216,7 @@ class Attention(nnx.Module):
         position = self.spec.position
         if position.kind != "rope" or positions is None:
             return x
-        return rotate(x, positions, base=position.base, factor=position.factor)
+        return rotate(x, positions, position)
 
 
 def position_table(heads: int, spec: AttentionSpec, rngs: nnx.Rngs) -> nnx.Param:

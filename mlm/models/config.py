@@ -8,7 +8,7 @@ from typing import Any
 
 from mlm.registry import nearest
 
-ACTIVATIONS = ("geglu", "swiglu", "relu", "gelu", "gelu_tanh")  # the first two are gated: two input matrices
+ACTIVATIONS = ("geglu", "geglu_erf", "swiglu", "relu", "gelu", "gelu_tanh")  # the first three are gated
 REMAT_POLICIES = ("none", "minimal", "dots", "full")
 POSITIONS = ("none", "t5_bucket", "alibi", "rope")
 ABSOLUTE_POSITIONS = ("none", "learned", "sinusoidal")
@@ -50,7 +50,9 @@ class PositionSpec:
     t5_bucket: a learned bias per head and distance bucket; half of the buckets are exact distances, the rest grow
     logarithmically up to `max_distance` tokens; share: one table for the "stack" (T5) or for each "layer" (umT5).
     alibi: -slope x distance, slopes fixed per head. rope: queries and keys turn with their position, slowest turn
-    `base`; positions are divided by `factor`, which stretches a trained context.
+    `base`; positions are divided by `factor`, which stretches a trained context. context: the length trained on, in
+    tokens; then only pairs that turn less than once in it are stretched by `factor`, those that turn 4 times or more
+    are not at all, and those between in proportion (Llama 3.1).
     """
 
     kind: str = "t5_bucket"
@@ -59,17 +61,20 @@ class PositionSpec:
     max_distance: int = 128
     base: float = 10_000.0
     factor: float = 1.0
+    context: int | None = None
 
     def __post_init__(self):
         _choice("PositionSpec", "kind", self.kind, POSITIONS)
         _choice("PositionSpec", "share", self.share, ("stack", "layer"))
-        _positive(self, "buckets", "max_distance")
+        _positive(self, "buckets", "max_distance", "context")
         _above_zero(self, "base", "factor")
         if self.buckets % 4 or self.max_distance <= self.buckets // 2:
             raise ValueError(
                 f"PositionSpec: buckets={self.buckets} must be a multiple of 4 and max_distance={self.max_distance} "
                 f"must exceed buckets/2={self.buckets // 2} (T5 uses 32 and 128)"
             )
+        if self.context is not None and self.kind != "rope":
+            raise ValueError(f"PositionSpec: context={self.context} belongs to kind='rope', not {self.kind!r}")
 
     def table(self) -> str:
         """Who owns the table of biases: "stack", "layer" or "nobody"."""
@@ -304,7 +309,7 @@ class RouterSpec:
 class FFNSpec:
     """One position-wise feed-forward sublayer of width `d_ff`, or a mixture of experts of that width each.
 
-    gelu is exact, geglu and gelu_tanh use tanh for erf.
+    gelu and geglu_erf are exact, geglu and gelu_tanh use tanh for erf.
     """
 
     d_ff: int
@@ -318,7 +323,7 @@ class FFNSpec:
 
     @property
     def gated(self) -> bool:
-        return self.activation in ("geglu", "swiglu")
+        return self.activation in ACTIVATIONS[:3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,26 +349,34 @@ class LayerSpec:
 class EmbeddingSpec:
     """How tokens enter a stack: multiply, plus what stands at their absolute position, normed where `norm` is set.
 
-    learned: a table of `length` positions (the index inside the example, plus `offset`). sinusoidal: fairseq's, sines
-    then cosines, first position `offset`. gradient: share of the gradient that reaches the table (GLM-130B uses 0.1).
+    std: the table's at first (None: 1 / multiply). learned: a table of `length` positions (the index inside the
+    example, plus `offset`). sinusoidal: fairseq's, sines then cosines, first position `offset`. token_type: one learned
+    row is added to every token (what is left of BERT's sentence numbers in XLM-R). gradient: share of the gradient that
+    reaches the table (GLM-130B uses 0.1).
     """
 
     multiply: float = 1.0
+    std: float | None = None
     positions: str = "none"
     length: int | None = None
     offset: int = 0
+    token_type: bool = False
     norm: bool = False
     gradient: float = 1.0
 
     def __post_init__(self):
         _choice("EmbeddingSpec", "positions", self.positions, ABSOLUTE_POSITIONS)
         _positive(self, "length")
-        _above_zero(self, "multiply", "gradient")
+        _above_zero(self, "multiply", "std", "gradient")
         if (self.positions == "learned") != (self.length is not None):
             raise ValueError(
                 f"EmbeddingSpec: positions={self.positions!r} with length={self.length}: a learned table, and nothing "
                 "else, needs its number of positions"
             )
+
+    @property
+    def initial_std(self) -> float:
+        return self.std or 1.0 / self.multiply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -461,13 +474,18 @@ class StackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """What leaves. linear: a matrix of its own; tied: the (decoder's) input table. Logits are multiplied by `multiply`
-    and bounded by softcap * tanh(logits / softcap).
+    """What leaves. linear: a matrix of its own; tied: the (decoder's) input table. Its products are multiplied by
+    `multiply`, and logits bounded by softcap * tanh(logits / softcap).
+
+    mlm_transform: the states first pass LayerNorm(gelu(x W + b)), as in BERT and XLM-R. bias: a number per token is
+    added to the products.
     """
 
     kind: str = "linear"
     multiply: float = 1.0
     softcap: float | None = None
+    mlm_transform: bool = False
+    bias: bool = False
 
     def __post_init__(self):
         _choice("HeadSpec", "kind", self.kind, HEADS)

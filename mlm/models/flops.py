@@ -17,7 +17,8 @@ def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> 
     if config.decoder:
         total += _stack(config.decoder, config.d_model, config.memory_width, target, source)
     predicted = target if config.decoder else source
-    return rows * (total + 6.0 * config.d_model * config.vocab_size * predicted)
+    columns = config.vocab_size + (config.d_model if config.head.mlm_transform else 0)
+    return rows * (total + 6.0 * config.d_model * columns * predicted)
 
 
 def _stack(stack: StackConfig, d_model: int, memory_width: int, length: int, memory: int) -> float:

@@ -101,6 +101,7 @@ class Norm(nnx.Module):
 
 _NONLINEARITIES: dict[str, Callable] = {
     "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+    "geglu_erf": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "swiglu": jax.nn.silu,

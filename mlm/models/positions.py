@@ -67,15 +67,27 @@ def alibi_bias(heads: int, queries: Int[Array, "*R T"], keys: Int[Array, "S"]) -
     return -alibi_slopes(heads)[:, None, None] * distance[..., None, :, :]
 
 
-def rotate(
-    x: Float[Array, "B H T K"], positions: Int[Array, "#B T"], *, base: float, factor: float = 1.0
-) -> Float[Array, "B H T K"]:
-    """Rotary positions, halves convention: (a, b) -> (a cos - b sin, b cos + a sin), angle = position / factor x
-    base^(-2 m / K) for the m-th pair. Angles in float32. Source: Su et al. 2021; Hugging Face's halves.
+def rope_turns(spec: PositionSpec, head_dim: int) -> Float[np.ndarray, "pairs"]:
+    """Radians per token of each pair of numbers: base^(-2 m / K) for the m-th, over `factor`.
+
+    With a trained `context`, a pair that turns n = context w / 2 pi times in it keeps the share s = (n - 1) / (4 - 1),
+    at least 0 and at most 1, of its speed w and is slowed for the rest: s w + (1 - s) w / factor. Sources: Su et al.
+    2021; Llama Team 2024, released code.
     """
-    half = x.shape[-1] // 2
-    turns = base ** (-np.arange(half, dtype=np.float32) / half)
-    angles = (positions.astype(jnp.float32) / factor)[:, None, :, None] * turns
+    half = head_dim // 2
+    turns = spec.base ** (-np.arange(half, dtype=np.float32) / half)
+    if spec.context is None:
+        return turns / np.float32(spec.factor)
+    kept = np.clip((spec.context * turns / (2 * np.pi) - 1.0) / 3.0, 0.0, 1.0)
+    return (kept * turns + (1.0 - kept) * turns / spec.factor).astype(np.float32)
+
+
+def rotate(x: Float[Array, "B H T K"], positions: Int[Array, "#B T"], spec: PositionSpec) -> Float[Array, "B H T K"]:
+    """Rotary positions, halves convention: (a, b) -> (a cos - b sin, b cos + a sin), angle = position x `rope_turns`.
+
+    Angles in float32. Source: Su et al. 2021; Hugging Face's halves.
+    """
+    angles = positions.astype(jnp.float32)[:, None, :, None] * rope_turns(spec, x.shape[-1])
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

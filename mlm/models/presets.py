@@ -3,10 +3,9 @@
 A family's differences from T5 1.1 stand in its function; `mlm model show NAME` prints what comes out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlm.models.config import (
     AttentionSpec,
@@ -27,7 +26,7 @@ MT5_VOCAB = 250_112  # 250,000 pieces + 100 sentinels, padded to a multiple of 1
 UMT5_VOCAB = 256_384
 BYT5_VOCAB = 384
 
-# Columns: d_model, d_ff, heads, head_dim, (encoder, decoder) layers.
+T5_COLUMNS = "d_model d_ff heads head_dim layers"  # layers: (encoder, decoder)
 TINY = (128, 256, 4, 32, (2, 2))
 T5_1_0_SIZES = {
     "small": (512, 2048, 8, 64, (6, 6)),
@@ -80,7 +79,7 @@ def t5_style(
     )
 
 
-# Columns: d_model, d_ff, heads, kv_heads, head_dim, layers of each stack, and what a family adds.
+GEMMA_COLUMNS = "d_model d_ff heads kv_heads head_dim layers"  # layers: of each stack
 T5GEMMA_SIZES = {
     "s_s": (512, 1024, 8, 8, 64, 8),
     "b_b": (768, 2048, 12, 12, 64, 12),
@@ -90,7 +89,8 @@ T5GEMMA_SIZES = {
     "2b_2b": (2304, 9216, 8, 4, 256, 26),
     "9b_9b": (3584, 14336, 16, 8, 256, 42),
 }
-GEMMA_3_SIZES = {  # … local window, and by how much positions of global layers are stretched
+GEMMA_3_COLUMNS = f"{GEMMA_COLUMNS} window factor"  # local window; by how much positions of global layers are stretched
+GEMMA_3_SIZES = {
     "270m": (640, 2048, 4, 1, 256, 18, 512, 1.0),
     "1b": (1152, 6912, 4, 1, 256, 26, 512, 1.0),
     "4b": (2560, 10240, 8, 4, 256, 34, 1024, 8.0),
@@ -100,26 +100,46 @@ SANDWICH = ResidualSpec(order="sandwich")
 
 
 def t5gemma(
-    *, d_model: int, d_ff: int, heads: int, kv_heads: int, head_dim: int, layers: int, vocab_size: int = 256_000
+    *,
+    d_model: int,
+    d_ff: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    layers: int,
+    encoder: Mapping[str, int] | None = None,
+    vocab_size: int = 256_000,
 ) -> ModelConfig:
-    """T5Gemma (Zhang et al. 2025): Gemma 2 layers, windows of 4,096 in every other one, separate input tables."""
-    attention = AttentionSpec(
-        source="self", heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=head_dim**-0.5, softcap=50.0
-    )
-    rope = PositionSpec(kind="rope")
-    cross, ffn = replace(attention, source="cross"), FFNSpec(d_ff=d_ff)
+    """T5Gemma (Zhang et al. 2025): Gemma 2 layers, windows of 4,096 in every other one, separate input tables.
+
+    encoder: its sizes, named as the decoder's, where it is a model of another size.
+    """
+    own = {"d_model": d_model, "d_ff": d_ff, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    sizes = {False: dict(encoder or {**own, "layers": layers}), True: {**own, "layers": layers}}
 
     def stack(causal: bool) -> StackConfig:
+        size = sizes[causal]
+        attention = AttentionSpec(
+            source="self",
+            heads=size["heads"],
+            kv_heads=size["kv_heads"],
+            head_dim=size["head_dim"],
+            scale=size["head_dim"] ** -0.5,
+            softcap=50.0,
+        )
+        rope, ffn = PositionSpec(kind="rope"), FFNSpec(d_ff=size["d_ff"])
+        rest = (replace(attention, source="cross"), ffn) if causal else (ffn,)
         # The encoder's windows reach 4,095 tokens to both sides.
         kinds = [replace(attention, position=rope, window=window) for window in (4096 if causal else 8191, None)]
-        group = tuple(LayerSpec(sublayers=(own, cross, ffn) if causal else (own, ffn)) for own in kinds)
-        return _gemma_stack(group, layers, causal, d_model)
+        group = tuple(LayerSpec(sublayers=(kind, *rest)) for kind in kinds)
+        return _gemma_stack(group, size["layers"], causal, size["d_model"])
 
     return ModelConfig(
         vocab_size=vocab_size,
         d_model=d_model,
         encoder=stack(False),
         decoder=stack(True),
+        encoder_width=sizes[False]["d_model"],
         share_embedding=False,
         head=HeadSpec(kind="tied", softcap=30.0),
     )
@@ -175,25 +195,28 @@ def _gemma_stack(group: tuple[LayerSpec, ...], layers: int, causal: bool, d_mode
     )
 
 
-# Columns: d_model, d_ff, layers of each stack, vocabulary; 16 heads.
-FAIRSEQ_SIZES = {
-    "m2m_100_418m": (1024, 4096, 12, 128_112),
-    "m2m_100_1_2b": (1024, 8192, 24, 128_112),
-    "nllb_600m": (1024, 4096, 12, 256_206),
-    "nllb_1_3b": (1024, 8192, 24, 256_206),
-    "nllb_3_3b": (2048, 8192, 24, 256_206),
-}
+FAIRSEQ_COLUMNS = "d_model d_ff heads layers"  # layers: of each stack
+M2M_100_SIZES = {"418m": (1024, 4096, 16, 12), "1_2b": (1024, 8192, 16, 24)}
+NLLB_SIZES = {"600m": (1024, 4096, 16, 12), "1_3b": (1024, 8192, 16, 24), "3_3b": (2048, 8192, 16, 24)}
 
 
 def fairseq_style(
-    *, d_model: int, d_ff: int, layers: int, vocab_size: int, activation: str = "relu", learned: bool = False
+    *,
+    d_model: int,
+    d_ff: int,
+    heads: int,
+    layers: int,
+    vocab_size: int,
+    activation: str = "relu",
+    learned: bool = False,
 ) -> ModelConfig:
     """M2M-100 and NLLB (Fan et al. 2020, NLLB team 2022): LayerNorm first, biases, sinusoids, one table for all ends.
 
-    learned: mBART (Liu et al. 2020): 1,024 learned positions and a norm after them.
+    learned: mBART (Liu et al. 2020): 1,024 learned positions and a norm after them. WMT21 (Tran et al. 2021) is a wide
+    M2M-100 with the vocabulary of its translation checkpoints.
     """
-    head_dim = d_model // 16
-    own = AttentionSpec(source="self", heads=16, head_dim=head_dim, scale=head_dim**-0.5, bias=True)
+    head_dim = d_model // heads
+    own = AttentionSpec(source="self", heads=heads, head_dim=head_dim, scale=head_dim**-0.5, bias=True)
     cross, ffn = replace(own, source="cross"), FFNSpec(d_ff=d_ff, activation=activation, bias=True)
     positions = {"positions": "learned", "length": 1024, "norm": True} if learned else {"positions": "sinusoidal"}
     # Positions start behind the padding's, whose id is 1.
@@ -217,32 +240,176 @@ def fairseq_style(
     )
 
 
-def _row(make: Callable[..., ModelConfig], columns: str, size: tuple, **more: Any) -> ModelConfig:
-    """The family `make` with a row of its table, the columns named in order, and what else sets the member apart."""
-    return make(**dict(zip(columns.split(), size, strict=True)), **more)
+XLM_R_COLUMNS = "d_model d_ff heads layers vocab_size"
+XLM_R_SIZES = {"base": (768, 3072, 12, 12, 250_002), "large": (1024, 4096, 16, 24, 250_002)}
+XLM_R_XL_SIZES = {"xl": (2560, 10240, 32, 36, 250_880), "xxl": (4096, 16384, 32, 48, 250_880)}
 
 
-_t5 = partial(_row, t5_style, "d_model d_ff heads head_dim layers")
-PRESETS: Registry[Callable[[], ModelConfig]] = Registry("model preset")
-PRESETS["tiny"] = partial(_t5, TINY, vocab_size=512)
-for _size, _columns in T5_1_0_SIZES.items():
-    PRESETS[f"t5_{_size}"] = partial(_t5, _columns, vocab_size=T5_VOCAB, activation="relu", tied=True)
-for _size, _columns in T5_1_1_SIZES.items():
-    PRESETS[f"t5_1_1_{_size}"] = partial(_t5, _columns, vocab_size=T5_VOCAB)
-    PRESETS[f"mt5_{_size}"] = partial(_t5, _columns, vocab_size=MT5_VOCAB)
-    PRESETS[f"umt5_{_size}"] = partial(_t5, _columns, vocab_size=UMT5_VOCAB, share="layer")
-for _size, _columns in BYT5_SIZES.items():
-    PRESETS[f"byt5_{_size}"] = partial(_t5, _columns, vocab_size=BYT5_VOCAB)
-for _size, _columns in T5GEMMA_SIZES.items():
-    PRESETS[f"t5gemma_{_size}"] = partial(_row, t5gemma, "d_model d_ff heads kv_heads head_dim layers", _columns)
-for _size, _columns in GEMMA_3_SIZES.items():
-    _names = "d_model d_ff heads kv_heads head_dim layers window factor"
-    PRESETS[f"gemma_3_{_size}"] = partial(_row, gemma_3, _names, _columns, encoder=False)
-    PRESETS[f"t5gemma2_{_size}"] = partial(_row, gemma_3, _names, _columns, encoder=True)
-for _size, _columns in FAIRSEQ_SIZES.items():
-    PRESETS[_size] = partial(_row, fairseq_style, "d_model d_ff layers vocab_size", _columns)
-PRESETS["mbart_50"] = partial(
-    fairseq_style, d_model=1024, d_ff=4096, layers=12, vocab_size=250_054, activation="gelu", learned=True
+def bert_style(
+    *, d_model: int, d_ff: int, heads: int, layers: int, vocab_size: int, length: int = 512, order: str = "post"
+) -> ModelConfig:
+    """XLM-R (Conneau et al. 2020): BERT's encoder, norms after the sublayers and one after the embedding.
+
+    order "pre": XLM-R XL and XXL (Goyal et al. 2021), norms first and one at the end. Positions start behind the
+    padding's, whose id is 1, so the table has two rows more than an example may have tokens.
+    """
+    head_dim = d_model // heads
+    own = AttentionSpec(source="self", heads=heads, head_dim=head_dim, scale=head_dim**-0.5, bias=True)
+    stack = StackConfig(
+        group=(LayerSpec(sublayers=(own, FFNSpec(d_ff=d_ff, activation="gelu", bias=True))),),
+        repeats=layers,
+        causal=False,
+        norm=NormSpec(kind="layer", eps=1e-5),
+        residual=ResidualSpec(order=order),
+        embedding=EmbeddingSpec(
+            std=0.02, positions="learned", length=length, offset=2, token_type=True, norm=order == "post"
+        ),
+        final_norm=order == "pre",
+    )
+    head = HeadSpec(kind="tied", mlm_transform=True, bias=True)
+    return ModelConfig(vocab_size=vocab_size, d_model=d_model, encoder=stack, decoder=None, head=head)
+
+
+LLAMA_COLUMNS = "d_model d_ff heads kv_heads layers"
+EUROBERT_SIZES = {
+    "210m": (768, 3072, 12, 12, 12),
+    "610m": (1152, 4096, 18, 6, 26),
+    "2_1b": (2304, 6144, 18, 6, 32),
+}
+LLAMA_3_2_SIZES = {"1b": (2048, 8192, 32, 8, 16), "3b": (3072, 8192, 24, 8, 28)}
+LLAMA_3_1_SIZES = {"8b": (4096, 14336, 32, 8, 32), "70b": (8192, 28672, 64, 8, 80)}
+LLAMA_2_7B = (4096, 11008, 32, 32, 32)
+
+
+def llama_style(
+    *,
+    d_model: int,
+    d_ff: int,
+    heads: int,
+    kv_heads: int,
+    layers: int,
+    vocab_size: int,
+    rope: PositionSpec,
+    encoder: bool = False,
+    tied: bool = False,
+) -> ModelConfig:
+    """Llama (Touvron et al. 2023): rotated positions, RMS norms first, SwiGLU, grouped key heads, no biases.
+
+    encoder: EuroBERT (Boizard et al. 2025), the same layers reading in both directions.
+    """
+    head_dim = d_model // heads
+    own = AttentionSpec(
+        source="self", heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=head_dim**-0.5, position=rope
+    )
+    stack = StackConfig(
+        group=(LayerSpec(sublayers=(own, FFNSpec(d_ff=d_ff, activation="swiglu"))),),
+        repeats=layers,
+        causal=not encoder,
+        norm=NormSpec(eps=1e-5),
+        embedding=EmbeddingSpec(std=0.02),
+    )
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        encoder=stack if encoder else None,
+        decoder=None if encoder else stack,
+        head=HeadSpec(kind="tied" if tied else "linear"),
+    )
+
+
+def glm_style(*, d_model: int, d_ff: int, heads: int, layers: int, vocab_size: int) -> ModelConfig:
+    """GLM-130B (Zeng et al. 2023) as a left-to-right decoder: DeepNorm with exponents 1/2, rotated positions, biases.
+
+    The norm that GLM's code applies before its first layer is the embedding's here, the one after its last layer the
+    last sublayer's. Not here: GLM lets the given part of a text be read in both directions.
+    """
+    head_dim = d_model // heads
+    own = AttentionSpec(
+        source="self",
+        heads=heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        position=PositionSpec(kind="rope"),
+        bias=True,
+    )
+    stack = StackConfig(
+        group=(LayerSpec(sublayers=(own, FFNSpec(d_ff=d_ff, activation="geglu_erf", bias=True))),),
+        repeats=layers,
+        causal=True,
+        norm=NormSpec(kind="layer", eps=1e-5),
+        residual=ResidualSpec(order="post", alpha=(2 * layers) ** 0.5, gain=(2 * layers) ** -0.5),
+        embedding=EmbeddingSpec(std=d_model**-0.5, norm=True, gradient=0.1),
+        final_norm=False,
+    )
+    return ModelConfig(vocab_size=vocab_size, d_model=d_model, encoder=None, decoder=stack, head=HeadSpec(kind="tied"))
+
+
+class Preset(NamedTuple):
+    """A published model: call it for its config."""
+
+    family: str
+    make: Callable[..., ModelConfig]
+    options: dict[str, Any]
+
+    def __call__(self) -> ModelConfig:
+        return self.make(**self.options)
+
+
+PRESETS: Registry[Preset] = Registry("model preset")
+
+
+def _add(
+    family: str, name: str, make: Callable[..., ModelConfig], columns: str, sizes: Mapping[str, tuple], **more: Any
+) -> None:
+    """Registers a family: `name` filled with each size, `make` called with its row of columns and with `more`."""
+    for size, row in sizes.items():
+        options = dict(zip(columns.split(), row, strict=True))
+        PRESETS[name.format(size)] = Preset(family, make, options | more)
+
+
+_add("T5 1.1", "{}", t5_style, T5_COLUMNS, {"tiny": TINY}, vocab_size=512)
+_add("T5", "t5_{}", t5_style, T5_COLUMNS, T5_1_0_SIZES, vocab_size=T5_VOCAB, activation="relu", tied=True)
+_add("T5 1.1", "t5_1_1_{}", t5_style, T5_COLUMNS, T5_1_1_SIZES, vocab_size=T5_VOCAB)
+_add("mT5", "mt5_{}", t5_style, T5_COLUMNS, T5_1_1_SIZES, vocab_size=MT5_VOCAB)
+_add("umT5", "umt5_{}", t5_style, T5_COLUMNS, T5_1_1_SIZES, vocab_size=UMT5_VOCAB, share="layer")
+_add("ByT5", "byt5_{}", t5_style, T5_COLUMNS, BYT5_SIZES, vocab_size=BYT5_VOCAB)
+_add("T5Gemma", "t5gemma_{}", t5gemma, GEMMA_COLUMNS, T5GEMMA_SIZES)
+_9b = dict(zip(GEMMA_COLUMNS.split(), T5GEMMA_SIZES["9b_9b"], strict=True))
+_add("T5Gemma", "t5gemma_9b_{}", t5gemma, GEMMA_COLUMNS, {"2b": T5GEMMA_SIZES["2b_2b"]}, encoder=_9b)
+_add("T5Gemma 2", "t5gemma2_{}", gemma_3, GEMMA_3_COLUMNS, GEMMA_3_SIZES, encoder=True)
+_add("Gemma 3", "gemma_3_{}", gemma_3, GEMMA_3_COLUMNS, GEMMA_3_SIZES, encoder=False)
+_add("M2M-100", "m2m_100_{}", fairseq_style, FAIRSEQ_COLUMNS, M2M_100_SIZES, vocab_size=128_112)
+_add("NLLB", "nllb_{}", fairseq_style, FAIRSEQ_COLUMNS, NLLB_SIZES, vocab_size=256_206)
+_wide = {"24_wide": (2048, 16384, 32, 24)}
+_add("WMT21", "wmt21_dense_{}", fairseq_style, FAIRSEQ_COLUMNS, _wide, vocab_size=128_009)
+_mbart = {"vocab_size": 250_054, "activation": "gelu", "learned": True}
+_add("mBART", "mbart_{}", fairseq_style, FAIRSEQ_COLUMNS, {"50": (1024, 4096, 16, 12)}, **_mbart)
+_add("XLM-R", "xlm_r_{}", bert_style, XLM_R_COLUMNS, XLM_R_SIZES)
+_add("XLM-R", "xlm_r_{}", bert_style, XLM_R_COLUMNS, XLM_R_XL_SIZES, order="pre")
+_euro = {"vocab_size": 128_256, "rope": PositionSpec(kind="rope", base=250_000.0), "encoder": True}
+_add("EuroBERT", "eurobert_{}", llama_style, LLAMA_COLUMNS, EUROBERT_SIZES, **_euro)
+_add("GLM", "glm_{}", glm_style, XLM_R_COLUMNS, {"130b": (12288, 32768, 96, 70, 150_528)})
+_slow = PositionSpec(kind="rope", base=500_000.0, context=8192)
+_rope = {factor: replace(_slow, factor=factor) for factor in (8.0, 32.0)}
+_add(
+    "Llama",
+    "llama_2_{}",
+    llama_style,
+    LLAMA_COLUMNS,
+    {"7b": LLAMA_2_7B},
+    vocab_size=32_000,
+    rope=PositionSpec(kind="rope"),
+)
+_add("Llama", "llama_3_1_{}", llama_style, LLAMA_COLUMNS, LLAMA_3_1_SIZES, vocab_size=128_256, rope=_rope[8.0])
+_add(
+    "Llama",
+    "llama_3_2_{}",
+    llama_style,
+    LLAMA_COLUMNS,
+    LLAMA_3_2_SIZES,
+    vocab_size=128_256,
+    rope=_rope[32.0],
+    tied=True,
 )
 
 

@@ -215,7 +215,7 @@ class Group(nnx.Module):
 
 
 class Frame(nnx.Module):
-    """What a stack owns once: a shared relative-position table, absolute positions, norms before and after."""
+    """What a stack owns once: a shared relative-position table, what is added to tokens, norms before and after."""
 
     def __init__(self, d_model: int, config: StackConfig, rngs: nnx.Rngs):
         shared, embedding = config.shared_table(), config.embedding
@@ -224,6 +224,8 @@ class Frame(nnx.Module):
         if embedding.positions == "learned":
             length = (embedding.length or 0) + embedding.offset
             self.absolute = parameter(rngs, (length, d_model), 0.02, ("positions", "embed"))
+        if embedding.token_type:
+            self.token_type = parameter(rngs, (d_model,), 0.02, ("embed",))
         if embedding.norm:
             self.embedding_norm = Norm(d_model, config.norm)
         if config.final_norm:
@@ -264,6 +266,8 @@ class Stack:
             x = x + frame.absolute[...].astype(x.dtype)[positions + spec.offset]
         elif spec.positions == "sinusoidal":
             x = x + sinusoids(positions + spec.offset, x.shape[-1]).astype(x.dtype)
+        if spec.token_type:
+            x = x + frame.token_type[...].astype(x.dtype)
         return frame.embedding_norm(x) if spec.norm else x
 
     def forward(

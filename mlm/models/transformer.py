@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.config import FFNSpec, ModelConfig
+from mlm.models.config import FFNSpec, ModelConfig, NormSpec
 from mlm.models.functional import Template
-from mlm.models.layers import Pass, cap, parameter
+from mlm.models.layers import Norm, Pass, cap, parameter, product, zeros
 from mlm.models.routing import Routed
 from mlm.models.stack import Stack
 from mlm.registry import nearest
@@ -42,7 +42,7 @@ class Output(NamedTuple):
 
 
 class Ends(nnx.Module):
-    """Input tables and, unless tied, the output matrix. Initial std: 1 / multiplier of the table, D^-1/2 of the head.
+    """Input tables and what the head owns. Initial std: the tables' as their stack says, D^-1/2 of the head.
 
     One table serves both stacks, or "encoder_embedding" the encoder and "embedding" the decoder and a tied head.
     """
@@ -51,12 +51,29 @@ class Ends(nnx.Module):
         size, width = config.vocab_size, config.d_model
         stacks = config.stacks()
         last = stacks[next(reversed(stacks))]
-        self.embedding = parameter(rngs, (size, width), 1.0 / last.embedding.multiply, ("vocab", "embed"))
+        self.embedding = parameter(rngs, (size, width), last.embedding.initial_std, ("vocab", "embed"))
         if not config.share_embedding and len(stacks) == 2:
-            std = 1.0 / stacks["encoder"].embedding.multiply
+            std = stacks["encoder"].embedding.initial_std
             self.encoder_embedding = parameter(rngs, (size, config.memory_width), std, ("vocab", "embed"))
         if config.head.kind == "linear":
             self.head = parameter(rngs, (width, size), width**-0.5, ("embed", "vocab"))
+        if config.head.bias:
+            self.head_bias = zeros((size,), ("vocab",))
+        if config.head.mlm_transform:
+            self.transform = MLMTransform(width, last.norm.eps, rngs)
+
+
+class MLMTransform(nnx.Module):
+    """LayerNorm(gelu(x W + b)), before the output matrix of a masked language model (Devlin et al. 2019)."""
+
+    def __init__(self, width: int, eps: float, rngs: nnx.Rngs):
+        self.dense = parameter(rngs, (width, width), width**-0.5, ("embed", "mlp"))
+        self.bias = zeros((width,), ("mlp",))
+        self.norm = Norm(width, NormSpec(kind="layer", eps=eps))
+
+    def __call__(self, x: Hidden) -> Hidden:
+        y = product(x, self.dense[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
+        return self.norm(jax.nn.gelu(y, approximate=False))
 
 
 class Transformer:
@@ -178,17 +195,23 @@ class Transformer:
         """The parameters after loss-free balancing, by the load that each stack's mixtures reported in `Output`."""
         return params | {name: self._stacks[name].rebalanced(params[name], own) for name, own in load.items()}
 
-    def head(self, params: Params) -> Float[Array, "D V"]:
-        """The output matrix, times the head's multiplier (D^-1/2 for T5 with a tied head)."""
+    def head(self, params: Params, hidden: Hidden) -> tuple[Hidden, Float[Array, "D V"], Float[Array, "V"] | None]:
+        """(states, matrix, bias) of the logits cap(states @ matrix + bias): for a loss that never holds them all.
+
+        The matrix holds the head's multiplier (D^-1/2 for T5 with a tied head).
+        """
         head = self.config.head
+        if head.mlm_transform:
+            ends = {name: value for name, value in params.items() if name not in self._stacks}
+            hidden = self._ends.bind(ends).transform(hidden)
         matrix = params["head"] if head.kind == "linear" else params["embedding"].T
-        return matrix if head.multiply == 1.0 else matrix * head.multiply
+        return hidden, matrix if head.multiply == 1.0 else matrix * head.multiply, params.get("head_bias")
 
     def logits(self, params: Params, hidden: Hidden) -> Logits:
         """Float32 logits over the vocabulary, in nats."""
-        kernel, softcap = self.head(params).astype(self._dtype), self.config.head.softcap
-        logits = jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
-        return cap(logits, softcap)
+        hidden, kernel, bias = self.head(params, hidden)
+        logits = jnp.einsum("BTD,DV->BTV", hidden, kernel.astype(self._dtype), preferred_element_type=jnp.float32)
+        return cap(logits if bias is None else logits + bias, self.config.head.softcap)
 
     def unrolled(self, params: Params) -> Params:
         """Parameters for `step` in a loop: without the stacking, whose slices would be copied at every pass."""

@@ -5,7 +5,7 @@ computes the gradients of the hidden states and of the kernel, so the logits are
 operations in all, 2 B T D V when no gradient is asked for. `token_cross_entropy` is the same loss on logits, in the
 plainest words.
 
-    nll_t  = log Z_t - l_t[y_t],   log Z_t = logsumexp_v l_t[v],   l_t[v] = sum_d hidden_t[d] kernel[d, v]
+    nll_t  = log Z_t - l_t[y_t],   log Z_t = logsumexp_v l_t[v],   l_t[v] = sum_d hidden_t[d] kernel[d, v] + bias[v]
     loss_t = (1 - e) nll_t + e/(V-1) sum_{v != y} (log Z_t - l_t[v]) - entropy + z_loss (log Z_t)^2
     loss   = sum_t weights_t loss_t                                                                in nats
 
@@ -53,13 +53,14 @@ def head_cross_entropy(
     targets: Tokens,
     weights: Weights,
     *,
+    bias: Float[Array, "V"] | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     chunk: int | None = None,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[Float[Array, ""], TokenStats]:
-    """Weighted sum of the loss of `hidden @ kernel` against `targets`, and the statistics of every position.
+    """Weighted sum of the loss of `hidden @ kernel + bias` against `targets`, and the statistics of every position.
 
     z_loss: coefficient of (log Z)^2. softcap: logits become softcap * tanh(logits / softcap). chunk: target positions
     whose logits are held at a time (None: as many as fit MEMORY on one device). mesh: None takes the ambient mesh of
@@ -67,7 +68,7 @@ def head_cross_entropy(
     sums its kernel gradient over all its slices and exchanges it once; nothing is gathered along the vocabulary.
 
     Multiplies in the type of `hidden` and accumulates in float32 (float64 for float64). Gradients flow through the sum
-    only: to hidden, kernel and weights. Raises ValueError when an option is out of its range.
+    only: to hidden, kernel, bias and weights. Raises ValueError when an option is out of its range.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
@@ -85,7 +86,7 @@ def head_cross_entropy(
         embed=_dividing([name for name in (EMBED_AXIS,) if name in batch], sizes, kernel.shape[0]),
     )
     terms = _Terms(float(z_loss), float(label_smoothing), softcap, kernel.shape[1], chunk)
-    return _loss(terms, split, hidden, kernel, targets, weights)
+    return _loss(terms, split, hidden, kernel, bias, targets, weights)
 
 
 def token_cross_entropy(
@@ -137,45 +138,53 @@ class _Slice(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(terms, split, hidden, kernel, targets, weights):
-    return _sharded(terms, split, False, hidden, kernel, targets, weights)[:2]
+def _loss(terms, split, hidden, kernel, bias, targets, weights):
+    return _sharded(terms, split, False, hidden, kernel, bias, targets, weights)[:2]
 
 
-def _loss_forward(terms, split, hidden, kernel, targets, weights):
-    total, stats, losses, dhidden, dkernel = _sharded(terms, split, True, hidden, kernel, targets, weights)
+def _loss_forward(terms, split, hidden, kernel, bias, targets, weights):
+    total, stats, losses, dhidden, (dkernel, dbias) = _sharded(
+        terms, split, True, hidden, kernel, bias, targets, weights
+    )
     # Empty arrays carry the dtypes: the gradients stay in the accumulator's type until they have been scaled.
-    dtypes = tuple(jnp.zeros((0,), x.dtype) for x in (hidden, kernel, weights))
-    return (total, stats), (dhidden, dkernel, losses, dtypes)
+    dtypes = jax.tree.map(lambda x: jnp.zeros((0,), x.dtype), (hidden, kernel, bias, weights))
+    return (total, stats), ((dhidden, dkernel, dbias, losses), dtypes)
 
 
 def _loss_backward(terms, split, residuals, cotangents):
     del terms, split
-    dhidden, dkernel, losses, dtypes = residuals
     scale = cotangents[0]
-    dhidden, dkernel, dweights = ((scale * g).astype(d.dtype) for g, d in zip((dhidden, dkernel, losses), dtypes))
-    return dhidden, dkernel, None, dweights
+    dhidden, dkernel, dbias, dweights = jax.tree.map(lambda g, d: (scale * g).astype(d.dtype), *residuals)
+    return dhidden, dkernel, dbias, None, dweights
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _sharded(terms, split, gradients, hidden, kernel, targets, weights):
+def _sharded(terms, split, gradients, hidden, kernel, bias, targets, weights):
     """One device's share under the mesh: rows and vocabulary local, sums exchanged once at the end."""
     local = functools.partial(_local, terms, split, gradients)
     if split.mesh is None:
-        return local(hidden, kernel, targets, weights)
+        return local(hidden, kernel, bias, targets, weights)
     rows, columns = P(split.batch or None), P(None, split.vocab or None)
+    numbers = None if bias is None else P(split.vocab or None)
     # The kernel's gradient leaves in pieces along D: FSDP keeps the kernel so, and otherwise it costs as much as a sum.
     scattered = P(split.embed or None, split.vocab or None)
-    outputs = (P(), TokenStats(rows, rows, rows), *((rows, rows, scattered) if gradients else (None,) * 3))
+    graded = (rows, rows, (scattered, numbers)) if gradients else (None,) * 3
     mapped = jax.shard_map(
-        local, mesh=split.mesh, in_specs=(rows, columns, rows, rows), out_specs=outputs, check_vma=False
+        local,
+        mesh=split.mesh,
+        in_specs=(rows, columns, numbers, rows, rows),
+        out_specs=(P(), TokenStats(rows, rows, rows), *graded),
+        check_vma=False,
     )
-    return mapped(hidden, kernel, targets, weights)
+    return mapped(hidden, kernel, bias, targets, weights)
 
 
-def _local(terms, split, gradients, hidden, kernel, targets, weights):
-    """(loss sum, statistics, position losses, gradient of hidden, gradient of kernel) from local rows and columns."""
+def _local(terms, split, gradients, hidden, kernel, bias, targets, weights):
+    """(loss sum, statistics, position losses, gradient of hidden, gradients of kernel and bias) from local rows and
+    columns.
+    """
     rows, length, width = hidden.shape
     columns = kernel.shape[1]
     accumulator = _accumulator(hidden.dtype)
@@ -183,16 +192,17 @@ def _local(terms, split, gradients, hidden, kernel, targets, weights):
     slices, positions = _cut(rows, length, positions)
     inputs = (hidden, targets, weights)
 
-    def body(dkernel, number):
+    def body(sums, number):
         start = number * positions
         part = (lax.dynamic_slice_in_dim(x, start, positions, axis=1) for x in inputs)
-        return _slice(terms, split, kernel, dkernel, *part)
+        return _slice(terms, split, kernel, bias, sums, *part)
 
     # Positions of weight 0 fill the last slice: XLA would hold the logits of a smaller one beside those of the loop.
     inputs = tuple(jnp.pad(x, [(0, 0), (0, slices * positions - length)] + [(0, 0)] * (x.ndim - 2)) for x in inputs)
     kernel = kernel.astype(hidden.dtype)
-    dkernel = jnp.zeros((width, columns), accumulator) if gradients else None
-    dkernel, parts = lax.scan(body, dkernel, jnp.arange(slices))
+    dkernel = jnp.zeros((width, columns), accumulator)
+    dbias = None if bias is None else jnp.zeros((columns,), accumulator)
+    sums, parts = lax.scan(body, (dkernel, dbias) if gradients else None, jnp.arange(slices))
     done = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length], parts)
 
     total = jnp.sum(done.loss * weights.astype(accumulator))
@@ -200,17 +210,19 @@ def _local(terms, split, gradients, hidden, kernel, targets, weights):
         total = lax.psum(total, split.batch)
     if not gradients:
         return total, done.stats, None, None, None
+    dkernel, dbias = sums
     dhidden = lax.psum(done.dhidden, split.vocab) if split.vocab else done.dhidden
     for name in split.batch:
         if name in split.embed:
             dkernel = lax.psum_scatter(dkernel, name, scatter_dimension=0, tiled=True)
     others = tuple(name for name in split.batch if name not in split.embed)
     dkernel = lax.psum(dkernel, others) if others else dkernel
-    return total, done.stats, done.loss, dhidden, dkernel
+    dbias = lax.psum(dbias, split.batch) if split.batch and bias is not None else dbias
+    return total, done.stats, done.loss, dhidden, (dkernel, dbias)
 
 
-def _slice(terms, split, kernel, dkernel, hidden, targets, weights):
-    """(kernel gradient so far, _Slice) of a few positions: hidden [B, t, D]; dkernel None: no gradients."""
+def _slice(terms, split, kernel, bias, sums, hidden, targets, weights):
+    """(gradients of kernel and bias so far, _Slice) of a few positions: hidden [B, t, D]; sums None: no gradients."""
     rows, length, width = hidden.shape
     columns = kernel.shape[1]
     accumulator = _accumulator(hidden.dtype)
@@ -221,6 +233,8 @@ def _slice(terms, split, kernel, dkernel, hidden, targets, weights):
     first = lax.axis_index(split.vocab) * columns if split.vocab else 0  # number of this device's first column
 
     logits = jnp.matmul(hidden, kernel, preferred_element_type=accumulator)
+    if bias is not None:
+        logits += bias.astype(accumulator)
     if terms.softcap:
         logits = terms.softcap * jnp.tanh(logits / terms.softcap)
     top = _across(lax.pmax, split.vocab, jnp.max(logits, axis=-1))
@@ -238,7 +252,7 @@ def _slice(terms, split, kernel, dkernel, hidden, targets, weights):
         loss -= low * _across(lax.psum, split.vocab, jnp.sum(logits, axis=-1))
     grid = (rows, length)
     stats = TokenStats(*(x.reshape(grid) for x in (log_z - label, log_z, (label == top) & (ties == 1))))
-    if dkernel is None:
+    if sums is None:
         return None, _Slice(loss.reshape(grid), stats, None)
 
     # dlogits = weight * (softmax * (1 + 2 z_loss log Z) - smoothed target), tile by tile so that the product
@@ -247,7 +261,7 @@ def _slice(terms, split, kernel, dkernel, hidden, targets, weights):
     rise = weights * (1 + 2 * terms.z_loss * log_z)
 
     def add_tile(j, carry):
-        dkernel, dhidden = carry
+        (dkernel, dbias), dhidden = carry
         start = jnp.minimum(j * tile, columns - tile)
         part = lax.dynamic_slice_in_dim(logits, start, tile, axis=1)
         number = start + jnp.arange(tile)[None]
@@ -255,16 +269,20 @@ def _slice(terms, split, kernel, dkernel, hidden, targets, weights):
         dlogits = rise[:, None] * jnp.exp(part - log_z[:, None]) - weights[:, None] * target
         if terms.softcap:
             dlogits *= 1 - (part / terms.softcap) ** 2
-        dlogits = jnp.where(number >= j * tile, dlogits, 0).astype(hidden.dtype)
+        dlogits = jnp.where(number >= j * tile, dlogits, 0)
+        if bias is not None:
+            sofar = jnp.sum(dlogits, axis=0) + lax.dynamic_slice_in_dim(dbias, start, tile)
+            dbias = lax.dynamic_update_slice_in_dim(dbias, sofar, start, axis=0)
+        dlogits = dlogits.astype(hidden.dtype)
         weight = lax.dynamic_slice_in_dim(kernel, start, tile, axis=1)
         dhidden += jnp.einsum("nv,dv->nd", dlogits, weight, preferred_element_type=accumulator)
         product = jnp.einsum("nd,nv->dv", hidden, dlogits, preferred_element_type=accumulator)
         product += lax.dynamic_slice_in_dim(dkernel, start, tile, axis=1)
-        return lax.dynamic_update_slice_in_dim(dkernel, product, start, axis=1), dhidden
+        return (lax.dynamic_update_slice_in_dim(dkernel, product, start, axis=1), dbias), dhidden
 
     dhidden = jnp.zeros(hidden.shape, accumulator)
-    dkernel, dhidden = lax.fori_loop(0, math.ceil(columns / tile), add_tile, (dkernel, dhidden))
-    return dkernel, _Slice(loss.reshape(grid), stats, dhidden.reshape(rows, length, width))
+    sums, dhidden = lax.fori_loop(0, math.ceil(columns / tile), add_tile, (sums, dhidden))
+    return sums, _Slice(loss.reshape(grid), stats, dhidden.reshape(rows, length, width))
 
 
 def _cut(rows: int, length: int, most: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from mlm.parallel.batches import DataLayout, batch_sharding, data_layout, global_batch, prefetch
 from mlm.parallel.distributed import initialize_distributed, preempted
-from mlm.parallel.mesh import MeshConfig, describe, make_mesh
+from mlm.parallel.mesh import MeshConfig, abstract_mesh, describe, make_mesh, stand_ins
 from mlm.parallel.placement import MeshPlacement
 from mlm.parallel.rules import RULES, check_sizes, constrain, parameter_table, shardings, spec
 
@@ -11,6 +11,7 @@ __all__ = [
     "DataLayout",
     "MeshConfig",
     "MeshPlacement",
+    "abstract_mesh",
     "batch_sharding",
     "check_sizes",
     "constrain",
@@ -24,4 +25,5 @@ __all__ = [
     "prefetch",
     "shardings",
     "spec",
+    "stand_ins",
 ]

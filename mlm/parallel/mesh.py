@@ -9,6 +9,7 @@
 Rows of a batch are split over replica × data × fsdp × expert.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROW_AXES = ("replica", "data", "fsdp", "expert")  # a batch's rows are split over these
@@ -93,6 +94,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if sizes["replica"] == 1:
         return Mesh(array.reshape(inner), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return Mesh(array, ("replica", *AXES), axis_types=(AxisType.Auto,) * (len(AXES) + 1))
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """The mesh of `config` over that many devices, none of which is there. Raises ValueError as `make_mesh` does."""
+    sizes = {name: size for name, size in config.sizes(devices).items() if name in AXES or size > 1}
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def stand_ins(count: int) -> list[jax.Device]:
+    """Devices to compile for: this machine's where it has `count` of them, else that many parts of its CPU.
+
+    Raises ValueError when jax has started before with fewer.
+    """
+    with contextlib.suppress(RuntimeError):  # it has started: what it has must do
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices()
+    devices = jax.devices("cpu") if len(devices) < count else devices
+    if len(devices) < count:
+        raise ValueError(f"jax has started with {len(devices)} devices, and {count} are asked for: use a new process")
+    return devices[:count]
 
 
 def describe(mesh: Mesh) -> dict:

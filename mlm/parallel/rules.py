@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlm.parallel.mesh import ROW_AXES, closest, divisors
@@ -38,7 +38,7 @@ RULES: Rules = (  # logical axis, mesh axis or axes (None: whole on every device
 )
 
 
-def spec(axes: Axes, mesh: Mesh, rules: Rules = RULES, name: str = "array") -> P:
+def spec(axes: Axes, mesh: Mesh | AbstractMesh, rules: Rules = RULES, name: str = "array") -> P:
     """The partition of an array with these logical axes. Mesh axes of size 1 or absent from the mesh are left out.
 
     Raises ValueError, naming the array, when an axis has no rule.
@@ -64,7 +64,7 @@ def spec(axes: Axes, mesh: Mesh, rules: Rules = RULES, name: str = "array") -> P
     return P(*chosen)
 
 
-def shardings(shapes: PyTree, axes: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
+def shardings(shapes: PyTree, axes: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> PyTree:
     """A NamedSharding for every leaf of `shapes` (anything with .shape); `axes` holds a tuple of names for each.
 
     Raises ValueError, naming the parameter, when the trees differ, a name has no rule, the number of names is not
@@ -135,7 +135,7 @@ def parameter_table(shapes: PyTree, axes: PyTree, placed: PyTree) -> list[str]:
     ]
 
 
-def _check(what: str, size: int, target: str | Sequence[str] | None, mesh: Mesh) -> None:
+def _check(what: str, size: int, target: str | Sequence[str] | None, mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError unless `size` divides over the mesh axes of `target`."""
     over = (target,) if isinstance(target, str) else tuple(target or ())
     parts = math.prod(mesh.shape[a] for a in over)

@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlm.models.config import ModelConfig
@@ -64,19 +64,13 @@ class Trainer:
     def __init__(self, model: ModelConfig, train: TrainConfig, optimizer: OptimizerFactory, mesh: Mesh, languages: int):
         self.config, self.mesh = train, mesh
         self.model = Transformer(model, MeshPlacement(mesh))
-        shapes, axes = self.model.shapes(), self.model.axes()
-        self.optimizer = optimizer(axes, shapes)
+        self.optimizer = optimizer(self.model.axes(), self.model.shapes())
         self._key = jax.random.key(train.seed)
         loss_fn = make_loss(self.model, train, languages, mesh if mesh.size > 1 else None)
 
-        abstract = jax.eval_shape(self._fresh, self._key)
+        self.abstract = abstract_state(self.model, self.optimizer, mesh, ema=train.ema_decay > 0)
+        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         scalar = NamedSharding(mesh, P())
-        parameters = shardings(shapes, axes, mesh)
-        moments = shardings(abstract.optimizer, state_axes(self.optimizer, shapes, axes), mesh)
-        self.shardings = TrainState(scalar, scalar, parameters, moments, parameters if train.ema_decay else None)
-        self.abstract = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, self.shardings
-        )
         step = partial(
             train_step,
             loss_fn=loss_fn,
@@ -104,6 +98,19 @@ class Trainer:
         check_sizes(self.mesh, batch=rows // parts)
 
 
+def abstract_state(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh, ema: bool
+) -> TrainState:
+    """Shape, type and place of every array of the state, before any of them exists."""
+    shapes, axes = model.shapes(), model.axes()
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, ema=ema), shapes)
+    scalar = NamedSharding(mesh, P())
+    parameters = shardings(shapes, axes, mesh)
+    moments = shardings(state.optimizer, state_axes(optimizer, shapes, axes), mesh)
+    places = TrainState(scalar, scalar, parameters, moments, parameters if ema else None)
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, places)
+
+
 def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mesh | None = None) -> Callable[..., Loss]:
     """loss(params, batch, dropout key or None): the model's decoder states through head and objective.
 
@@ -116,10 +123,12 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
 
     def loss_of(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
         output = model(params, batch, key, languages=languages)
+        hidden, kernel, bias = model.head(params, output.hidden)
         loss = objective(
-            output.hidden,
-            model.head(params),
+            hidden,
+            kernel,
             batch,
+            bias=bias,
             num_languages=languages,
             z_loss=config.z_loss,
             label_smoothing=config.label_smoothing,

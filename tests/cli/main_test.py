@@ -75,13 +75,6 @@ def test_what_nobody_expected_says_how_to_see_more(command, capsys):
     assert "raise error" in capsys.readouterr().err
 
 
-def test_model_show_counts_parameters(capsys):
-    assert main.main(["model", "show", "mt5_small"]) == 0
-    assert "300,176,768 parameters" in capsys.readouterr().out
-    assert main.main(["model", "show", "mt5_smal"]) == 2
-    assert "did you mean 'mt5_small'" in capsys.readouterr().err
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
 def test_training_starts_once_more_in_huge_pages(monkeypatch):
     started = []

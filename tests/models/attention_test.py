@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mlm.models.attention import Attention, Seen, attend, order_mask
-from mlm.models.config import AttentionSpec, NormSpec
+from mlm.models.config import AttentionSpec, NormSpec, PositionSpec
 from mlm.models.positions import rotate
 
 ALL = jnp.ones((1, 1, 1, 1), bool)
@@ -28,7 +28,7 @@ def test_joint_attention_golden(source_mask, want):
     """One head of size 2, identity projections, scale 2^-1/2; own keys turn by their position, the source's do not."""
     own = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[None, None]
     source = jnp.array([[1.0, -1.0], [2.0, 0.0]])[None, None]
-    turned = rotate(own, jnp.arange(3)[None], base=1e4)
+    turned = rotate(own, jnp.arange(3)[None], PositionSpec(kind="rope"))
     causal = order_mask(jnp.arange(3), jnp.arange(3), causal=True)[None, None]
     seen = [Seen(turned, own, causal), Seen(source, source, jnp.array(source_mask)[None, None, None])]
     got = attend(turned, seen, scale=2**-0.5)

@@ -66,6 +66,32 @@ PUBLISHED = {
     "nllb_3_3b": 3_344_863_232,
     "m2m_100_418m": 483_905_536,
     "mbart_50": 610_879_488,
+    # As NLLB: 128009*2048 + 24*(12 d^2 + 4 d f + 24 d + 2 f) + 4d, with d = 2048 and f = 16384.
+    "wmt21_dense_24_wide": 4_693_321_728,
+    # Vd + L (2 d h d_h + 2 d kv d_h + 3 d f + 4 d) + d for the encoder; the decoder's layers add 2 d h d_h (query and
+    # output), 2 D kv d_h (keys and values of the encoder's width D) and 2 d. 9B: 42 layers of 3584, 2B: 26 of 2304:
+    # 917,504,000 + 42 * 198,195,200 + 3,584 = 9,241,705,984; 589,824,000 + 26 * (77,865,984 + 16,781,824) + 2,304.
+    "t5gemma_2b_2b": 5_596_853_760,
+    "t5gemma_9b_2b": 12_292_375_296,
+    "t5gemma_9b_9b": 20_333_401_088,
+    # Vd + 514 d + d (token type) + 2d (norm) + L (4d^2 + 2 d f + 9d + f) + head d^2 + 3d + V; Hugging Face's counts.
+    # base: 192,001,536 + 394,752 + 768 + 1,536 + 12 * 7,087,872 + 592,128 + 250,002.
+    "xlm_r_base": 278_295_186,
+    "xlm_r_large": 560_142_482,
+    "xlm_r_xl": 3_482_741_760,
+    "xlm_r_xxl": 10_712_994_816,
+    # 2 V d + L (2d^2 + 2 d kv d_h + 3 d f + 2d) + d; one V d where the head is tied. 210M is the count without head:
+    # 128256*768 = 98,500,608; 12 * (4*768^2 + 3*768*3072 + 1536) + 768 = 113,265,408; 98,500,608 once more.
+    "eurobert_210m": 310_266_624,
+    "eurobert_610m": 755_625_600,
+    "eurobert_2_1b": 2_403_092_736,
+    "llama_2_7b": 6_738_415_616,
+    "llama_3_1_8b": 8_030_261_248,
+    "llama_3_1_70b": 70_553_706_496,
+    "llama_3_2_1b": 1_235_814_400,
+    "llama_3_2_3b": 3_212_749_824,
+    # Vd + L (4d^2 + 3 d f + 9d + 2f) + 2d: 150528*12288 = 1,849,688,064; 70 * 1,812,115,456; 24,576.
+    "glm_130b": 128_697_794_560,
 }
 
 
@@ -126,6 +152,8 @@ ROPE = PositionSpec(kind="rope")
             r"learns its scale; scale=0.5 must be None",
         ),
         (lambda: PositionSpec(kind="alibbi"), r"did you mean 'alibi'"),
+        (lambda: PositionSpec(context=512), r"context=512 belongs to kind='rope', not 't5_bucket'"),
+        (lambda: EmbeddingSpec(std=0.0), r"EmbeddingSpec.std=0.0 must be above 0"),
         (lambda: NormSpec(kind="layer", offset_one=True), r"offset_one=True belongs to kind='rms'"),
         (lambda: ResidualSpec(order="pre", alpha=2.0), r"alpha=2.0 belongs to order='post'"),
         (lambda: EmbeddingSpec(positions="learned"), r"length=None: a learned table"),

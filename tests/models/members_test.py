@@ -1,7 +1,7 @@
 """Every kind of member runs each way to the same numbers: whole, packed, cached, scanned; and sees what it may."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from mlm.models.config import (
     StackConfig,
     deep_norm,
 )
-from mlm.models.presets import fairseq_style, gemma_3, t5_style, t5gemma
+from mlm.models.positions import rotate
+from mlm.models.presets import bert_style, fairseq_style, gemma_3, glm_style, llama_style, t5_style, t5gemma
 from mlm.models.transformer import Transformer
+from mlm.objectives import head_cross_entropy, token_cross_entropy
 from tests.models import rows
 from tests.models.rows import logits_of
 
@@ -72,7 +74,7 @@ def moe():
 def moe_kit():
     """Conditional routing, masked outputs, biased experts, kept gates, balancing biases, behind a dense network."""
     router = RouterSpec(experts=3, k=2, gates="kept", shared=10, budget=0.8, output_masking=0.2, bias_rate=0.01)
-    plain = fairseq_style(d_model=32, d_ff=10, layers=2, vocab_size=V)
+    plain = FAIRSEQ(vocab_size=V)
     return with_router(plain, router, every=1, extra=True)
 
 
@@ -90,6 +92,10 @@ def with_router(config, router, every, extra=False):
     return dataclasses.replace(config, **{name: stack(own) for name, own in config.stacks().items()})
 
 
+WIDER = {"d_model": 20, "d_ff": 14, "heads": 6, "kv_heads": 3, "head_dim": 6, "layers": 4}
+FAIRSEQ = partial(fairseq_style, d_model=32, d_ff=10, heads=4, layers=2)
+BERT = partial(bert_style, d_model=12, d_ff=10, heads=3, layers=2, vocab_size=V, length=S)
+LLAMA = partial(llama_style, d_model=16, d_ff=10, heads=4, kv_heads=2, layers=2, vocab_size=V)
 T5 = partial(t5_style, vocab_size=V, d_model=12, d_ff=10, heads=3, head_dim=4, layers=(2, 2))
 MEMBERS = {
     "t5": partial(T5, activation="relu", tied=True),
@@ -97,25 +103,47 @@ MEMBERS = {
     "t5gemma": lambda: windowed(t5gemma(**GEMMA, layers=4), 3),
     "t5gemma2": lambda: windowed(gemma_3(**GEMMA, layers=8, window=3, factor=2.0, encoder=True), 3),
     "gemma_3": lambda: windowed(gemma_3(**GEMMA, layers=8, window=3, factor=1.0, encoder=False), 3),
-    "nllb": partial(fairseq_style, d_model=32, d_ff=10, layers=2, vocab_size=V),
-    "mbart": partial(fairseq_style, d_model=32, d_ff=10, layers=2, vocab_size=V, activation="gelu", learned=True),
+    "uneven": lambda: windowed(t5gemma(**GEMMA, layers=2, encoder=WIDER), 3),
+    "nllb": partial(FAIRSEQ, vocab_size=V),
+    "mbart": partial(FAIRSEQ, vocab_size=V, activation="gelu", learned=True),
+    "xlm_r": BERT,
+    "xlm_r_xl": partial(BERT, order="pre"),
+    "eurobert": partial(LLAMA, rope=PositionSpec(kind="rope", base=250.0), encoder=True),
+    "llama": partial(LLAMA, rope=PositionSpec(kind="rope", factor=4.0, context=12), tied=True),
+    "glm": partial(glm_style, d_model=12, d_ff=10, heads=3, layers=2, vocab_size=V),
     "deep": deep,
     "moe": moe,
     "moe_kit": moe_kit,
 }
+ENCODERS = {"xlm_r", "xlm_r_xl", "eurobert"}
 batch_of = partial(rows.batch_of, source_length=S, target_length=T)
 ROWS = [([5, 6, 7, 8, 9, 10, 11, 1], [3, 4, 5, 6, 7, 1]), ([11, 12, 13, 1], [14, 15, 1])]
 
 
-@pytest.fixture(scope="module", params=sorted(MEMBERS))
-def member(request):
+@cache
+def made(name):
     """(model, parameters away from their first values, so that norms and tables matter)."""
-    model = Transformer(MEMBERS[request.param]())
-    params = model.init(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return model, jax.tree.unflatten(tree, noisy)
+    model = Transformer(MEMBERS[name]())
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
+    return model, jax.tree.map(draw, model.shapes())
+
+
+@pytest.fixture(params=sorted(MEMBERS))
+def member(request):
+    return made(request.param)
+
+
+@pytest.fixture(params=sorted(MEMBERS.keys() - ENCODERS))
+def speaker(request):
+    """A member with a decoder."""
+    return made(request.param)
+
+
+@pytest.fixture(params=sorted(ENCODERS))
+def reader(request):
+    """An encoder alone."""
+    return made(request.param)
 
 
 def test_axes_name_every_dimension(member):
@@ -138,8 +166,38 @@ def test_scanned_equals_unrolled_in_value_and_gradient(member):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale), got, want)
 
 
-def test_packed_rows_equal_unpacked_ones(member):
-    model, params = member
+@pytest.mark.parametrize("name", ["t5", "t5gemma", "eurobert", "xlm_r"])
+def test_the_loss_by_slices_is_the_loss_of_the_logits(name):
+    """Its gradient too: a multiplier, a cap, a matrix of its own, a transform with a bias per token."""
+    model, params = made(name)
+    ends = {part: value for part, value in params.items() if part not in ("encoder", "decoder")}
+    rng = np.random.default_rng(1)
+    states = jnp.asarray(rng.normal(size=(2, T, model.config.d_model)), jnp.float32)
+    targets, weights = jnp.asarray(rng.integers(0, V, (2, T))), jnp.ones((2, T))
+
+    def by_slices(ends, states):
+        hidden, kernel, bias = model.head(ends, states)
+        softcap = model.config.head.softcap
+        return head_cross_entropy(hidden, kernel, targets, weights, bias=bias, softcap=softcap, chunk=2)[0]
+
+    def of_logits(ends, states):
+        return token_cross_entropy(model.logits(ends, states), targets, weights)[0]
+
+    got, want = (jax.value_and_grad(loss, argnums=(0, 1))(ends, states) for loss in (by_slices, of_logits))
+    assert name != "xlm_r" or set(want[1][0]) == {"embedding", "transform", "head_bias"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("name", ["xlm_r", "llama", "glm"])
+def test_a_fresh_model_knows_nothing(name):
+    """Its logits are of order one, so its loss starts near log V: what ties its tables has said how large they are."""
+    model = Transformer(MEMBERS[name]())
+    logits = logits_of(model, model.init(jax.random.key(0)), batch_of(ROWS))
+    assert 0.02 < float(jnp.std(logits)) < 2.0
+
+
+def test_packed_rows_equal_unpacked_ones(speaker):
+    model, params = speaker
     first, second = ([5, 6, 7, 8, 1], [3, 4, 5, 1]), ([11, 12, 13, 1], [14, 15, 1])
     alone = logits_of(model, params, batch_of([first, second]))
     together = logits_of(
@@ -156,10 +214,47 @@ def test_packed_rows_equal_unpacked_ones(member):
     np.testing.assert_allclose(together[0, 4:], alone[1, :3], rtol=1e-4, atol=1e-4)
 
 
+def test_packed_sources_equal_unpacked_ones(reader):
+    """And what stands in the padding is not seen."""
+    model, params = reader
+    first, second = [5, 6, 7, 8, 1], [11, 12, 13, 1]
+    alone = batch_of([(first, [1]), (second, [1])])
+    real = alone["encoder_segment_ids"] > 0
+    alone["encoder_input_tokens"] = jnp.where(real, alone["encoder_input_tokens"], 21)
+    want = logits_of(model, params, alone)
+    segments = jnp.array([[1] * 5 + [2] * 4])
+    got = logits_of(
+        model, params, {"encoder_input_tokens": jnp.array([first + second]), "encoder_segment_ids": segments}
+    )
+    np.testing.assert_allclose(got[0, :5], want[0, :5], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[0, 5:], want[1, :4], rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_uses_all_that_it_owns_once(reader):
+    """Tables, norms, the row of the token type, the head's transform and bias: without any of them logits change."""
+    model, params = reader
+    batch = batch_of(ROWS)
+    want = logits_of(model, params, batch)
+    owned = {(name,): value for name, value in params.items() if name != "encoder"}
+    owned |= {("encoder", name): value for name, value in params["encoder"].items() if name != "layers"}
+    for path, value in owned.items():
+        without = {name: dict(part) if name == "encoder" else part for name, part in params.items()}
+        (without["encoder"] if len(path) == 2 else without)[path[-1]] = jax.tree.map(jnp.zeros_like, value)
+        assert float(jnp.abs(logits_of(model, without, batch) - want).max()) > 1e-2, path
+
+
+def test_an_encoder_reads_in_both_directions(reader):
+    model, params = reader
+    batch = batch_of(ROWS)
+    changed = dict(batch, encoder_input_tokens=batch["encoder_input_tokens"].at[:, 2].set(20))
+    moved = jnp.abs(logits_of(model, params, changed) - logits_of(model, params, batch)).max(axis=-1)
+    assert (moved[:, :4] > 1e-4).all()
+
+
 @pytest.mark.parametrize("blocks", [[1] * T, [3, 1, 3]])
-def test_cached_blocks_equal_the_whole(member, blocks):
+def test_cached_blocks_equal_the_whole(speaker, blocks):
     """Two beams a source: rows 2i and 2i + 1 read source i."""
-    model, params = member
+    model, params = speaker
     batch = {name: jnp.asarray(x) for name, x in batch_of(ROWS).items()}
     # Every position is real: what the cache holds has no padding between.
     batch["decoder_segment_ids"] = jnp.ones_like(batch["decoder_segment_ids"])
@@ -179,8 +274,8 @@ def test_cached_blocks_equal_the_whole(member, blocks):
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-4)
 
 
-def test_the_future_and_padding_are_not_seen(member):
-    model, params = member
+def test_the_future_and_padding_are_not_seen(speaker):
+    model, params = speaker
     batch = batch_of(ROWS)
     want = logits_of(model, params, batch)
     t = 2
@@ -222,3 +317,40 @@ def test_embedding_gradients_shrink_and_values_do_not():
     np.testing.assert_allclose(tenth[0], whole[0], rtol=1e-6)
     np.testing.assert_allclose(tenth[1]["embedding"], 0.1 * whole[1]["embedding"], rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(tenth[1]["head"], whole[1]["head"], rtol=1e-4, atol=1e-8)
+
+
+def test_glm_is_the_released_order_of_norms():
+    """GLM-130B norms before its first layer and after its last: x = LN(h); h = a x + f(x) for every sublayer f.
+
+    Here the first of those norms is the embedding's and each other one the sublayer's before it.
+    """
+    model, params = made("glm")
+    own, alpha = model.config.decoder.group[0].sublayers[0], model.config.decoder.residual.alpha
+    assert alpha == 2.0  # (2 x 2 layers)^1/2
+    decoder, tokens = params["decoder"], jnp.array([[3, 4, 5, 6]])
+    layers = [jax.tree.map(lambda x, i=i: x[i], decoder["layers"])["0"] for i in range(2)]
+
+    def norm(x, p):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+    def attention(x, p):
+        q, k, v = (
+            jnp.einsum("btd,dhk->bhtk", x, p[n]) + p[f"{n}_bias"][None, :, None] for n in ("query", "key", "value")
+        )
+        q, k = (rotate(y, jnp.arange(4)[None], own.position) for y in (q, k))
+        scores = jnp.where(np.tril(np.ones((4, 4), bool)), jnp.einsum("bhtk,bhsk->bhts", q, k) / 2.0, -1e9)
+        return jnp.einsum("bhts,bhsk,hkd->btd", jax.nn.softmax(scores), v, p["out"]) + p["out_bias"]
+
+    def feed_forward(x, p):
+        gate, up = (x @ p[n] + p[f"{n}_bias"] for n in ("gate", "up"))
+        return (gate * 0.5 * (1 + jax.scipy.special.erf(gate / np.sqrt(2.0))) * up) @ p["down"] + p["down_bias"]
+
+    norms = [decoder["embedding_norm"]] + [p[n]["norm"] for p in layers for n in ("self_attention", "ffn")]
+    h = params["embedding"][tokens]
+    for number, (layer, name) in enumerate((p, n) for p in layers for n in ("self_attention", "ffn")):
+        x = norm(h, norms[number])
+        h = alpha * x + {"self_attention": attention, "ffn": feed_forward}[name](x, layer[name])
+    want = norm(h, norms[-1]) @ params["embedding"].T
+    batch = {"decoder_input_tokens": tokens, "decoder_segment_ids": jnp.ones_like(tokens)}
+    np.testing.assert_allclose(logits_of(model, params, batch), want, rtol=1e-5, atol=1e-5)

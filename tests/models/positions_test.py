@@ -1,5 +1,7 @@
 """Goldens of T5's relative buckets (32 buckets, max distance 128), ALiBi, rotation and sinusoids."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,10 +12,13 @@ from mlm.models.positions import (
     alibi_slopes,
     relative_bias,
     relative_bucket,
+    rope_turns,
     rotate,
     segment_positions,
     sinusoids,
 )
+
+ROPE = PositionSpec(kind="rope")
 
 # Bidirectional: 16 buckets a side, 8 exact; rel = -12: 8 + floor(ln(12/8)/ln(16) * 8) = 8 + floor(1.17) = 9.
 BIDIRECTIONAL = {
@@ -52,15 +57,24 @@ def test_rotation_golden():
     # K = 4, base 1e4, position 3: angles 3 and 0.03; (1, 3) and (2, 4) are the pairs.
     # 1 cos 3 - 3 sin 3 = -1.4134; 2 cos .03 - 4 sin .03 = 1.8791; 3 cos 3 + 1 sin 3 = -2.8289; 4.0582.
     x = jnp.array([1.0, 2.0, 3.0, 4.0])[None, None, None]
-    got = rotate(x, jnp.array([[3]]), base=1e4)[0, 0, 0]
+    got = rotate(x, jnp.array([[3]]), ROPE)[0, 0, 0]
     np.testing.assert_allclose(got, [-1.4134, 1.8791, -2.8289, 4.0582], atol=1e-4)
-    np.testing.assert_allclose(rotate(x, jnp.array([[24]]), base=1e4, factor=8.0)[0, 0, 0], got, rtol=1e-6)
+    stretched = dataclasses.replace(ROPE, factor=8.0)
+    np.testing.assert_allclose(rotate(x, jnp.array([[24]]), stretched)[0, 0, 0], got, rtol=1e-6)
+
+
+def test_a_trained_context_stretches_slow_turns_only():
+    # K = 8, base 1e4: w = 1, .1, .01, .001. In 1,000 tokens they turn 159, 15.9, 1.59 and .159 times: the first two
+    # keep their speed, the last is slowed by 4, the third keeps s = (1.5915 - 1) / 3 = .1972 of it: .1972 * .01 +
+    # .8028 * .0025 = .003979.
+    spec = PositionSpec(kind="rope", factor=4.0, context=1000)
+    np.testing.assert_allclose(rope_turns(spec, 8), [1.0, 0.1, 0.003979, 0.00025], rtol=1e-4)
 
 
 def test_rotated_products_know_only_distances():
     q, k = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)), jnp.float32)
     product = [
-        float((rotate(q, jnp.array([[i]]), base=1e4) * rotate(k, jnp.array([[j]]), base=1e4)).sum())
+        float((rotate(q, jnp.array([[i]]), ROPE) * rotate(k, jnp.array([[j]]), ROPE)).sum())
         for i, j in ((5, 2), (105, 102), (2, 5))
     ]
     assert product[0] == pytest.approx(product[1], rel=1e-4)

@@ -34,16 +34,22 @@ def problem(vocab=V, dtype=jnp.float64, rows=B):
     return hidden, kernel, targets, jnp.where(weights < 0.3, 0, weights)
 
 
-def plain(hidden, kernel, targets, weights, softcap=None, **terms):
+def plain(hidden, kernel, targets, weights, bias=None, softcap=None, **terms):
     logits = jnp.einsum("BTD,DV->BTV", hidden, kernel)
+    logits = logits if bias is None else logits + bias
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     return token_cross_entropy(logits, targets, weights, **terms)
 
 
 def graded(loss, *arrays):
-    """(loss, statistics), gradients of hidden, kernel and weights."""
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 3), has_aux=True))(*arrays)
+    """(loss, statistics), gradients of hidden, kernel, weights and, where there is one, bias."""
+    numbers = (0, 1, 3, 4)[: len(arrays) - 1]
+    return jax.jit(jax.value_and_grad(loss, argnums=numbers, has_aux=True))(*arrays)
+
+
+def a_bias(vocab=V):
+    return jax.random.normal(jax.random.key(1), (vocab,), jnp.float32).astype(jnp.float64)
 
 
 def assert_equal(got, want, rtol):
@@ -67,6 +73,17 @@ def test_value_statistics_and_gradients_equal_the_plain_loss_in_float64(terms, c
         got = graded(lambda *a: head_cross_entropy(*a, chunk=chunk, **terms), *arrays)
         want = graded(lambda *a: plain(*a, **terms), *arrays)
         assert got[0][0].dtype == jnp.float64
+        assert_equal(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("chunk", [3, None])
+def test_a_bias_per_token_equals_the_plain_loss_in_float64(chunk, tiles_of_a_few_columns):
+    with jax.enable_x64(True):
+        arrays = (*problem(), a_bias())
+        terms = TERMS[-1]
+        got = graded(lambda *a: head_cross_entropy(*a[:4], bias=a[4], chunk=chunk, **terms), *arrays)
+        want = graded(lambda *a: plain(*a, **terms), *arrays)
+        assert len(got[1]) == 4
         assert_equal(got, want, 1e-10)
 
 
@@ -172,6 +189,17 @@ def test_every_mesh_gives_the_numbers_of_one_device(sizes, tiles_of_a_few_column
         want = graded(lambda *a: plain(*a, **terms), *arrays)
         mesh, placed = split(sizes, arrays)
         got = graded(lambda *a: head_cross_entropy(*a, chunk=2, mesh=mesh, **terms), *placed)
+        assert_equal(got, want, 1e-10)
+
+
+def test_every_device_adds_its_own_part_of_a_bias(tiles_of_a_few_columns):
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    with jax.enable_x64(True):
+        arrays, bias = problem(vocab=104, rows=8), a_bias(104)
+        want = graded(plain, *arrays, bias)
+        mesh, placed = split(sizes, arrays)
+        bias = jax.device_put(bias, NamedSharding(mesh, P("tensor")))
+        got = graded(lambda *a: head_cross_entropy(*a[:4], bias=a[4], chunk=2, mesh=mesh), *placed, bias)
         assert_equal(got, want, 1e-10)
 
 
