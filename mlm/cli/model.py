@@ -77,9 +77,17 @@ def _list(as_json: bool) -> None:
     if as_json:
         print(json.dumps(records, indent=1))
         return
-    columns = ("preset", "family", ">parameters", ">d_model", ">layers", ">vocabulary")
+    columns = ("preset", "family", ">parameters", ">for a token", ">d_model", ">layers", ">vocabulary")
     rows = [
-        (r["name"], r["family"], f"{r['parameters']:,}", r["d_model"], r["layers"], f"{r['vocab_size']:,}")
+        (
+            r["name"],
+            r["family"],
+            f"{r['parameters']:,}",
+            f"{r['active_parameters']:,}" if r["active_parameters"] < r["parameters"] else "all",
+            r["d_model"],
+            r["layers"],
+            f"{r['vocab_size']:,}",
+        )
         for r in records
     ]
     screen.table("", columns, rows)
@@ -88,7 +96,7 @@ def _list(as_json: bool) -> None:
 def _record(name: str, config: Any, given: tuple[int, ...] | None = None) -> dict:
     """given: lengths of source and target, as typed; one is enough for a model of one stack."""
     from mlm import trees
-    from mlm.models.flops import training_flops
+    from mlm.models.flops import idle_parameters, training_flops
     from mlm.models.presets import PRESETS
     from mlm.models.transformer import Transformer
 
@@ -103,7 +111,7 @@ def _record(name: str, config: Any, given: tuple[int, ...] | None = None) -> dic
         "name": name,
         "family": PRESETS[name].family,
         "parameters": trees.count(shapes),
-        "active_parameters": trees.count(shapes),
+        "active_parameters": trees.count(shapes) - idle_parameters(config),
         "parts": {part: trees.count(tree) for part, tree in shapes.items()},
         "d_model": config.d_model,
         "layers": "+".join(str(stack.layers) for stack in stacks.values()),
@@ -240,11 +248,17 @@ def _norms(stack: Any) -> str:
     )
 
 
+def _router(router: Any) -> str:
+    count = f"{router.active:g} of {router.experts} experts"
+    return count + (f" beside a shared {router.shared}" if router.shared else "")
+
+
 def _sublayer(spec: Any) -> str:
     from mlm.models.config import FFNSpec
 
     if isinstance(spec, FFNSpec):
-        return f"{spec.activation} {spec.d_ff}"
+        text = f"{spec.activation} {spec.d_ff}"
+        return text if spec.router is None else f"{_router(spec.router)} of {text}"
     text = f"{spec.source}-attention {spec.heads}×{spec.head_dim}"
     if spec.key_heads != spec.heads:
         text += f" over {spec.key_heads}"

@@ -95,6 +95,7 @@ def bind_all() -> None:
     """Gives gin its names: one place, the whole vocabulary of a gin file."""
     from mlm.checkpoints import CheckpointConfig
     from mlm.data.pipeline import DataConfig
+    from mlm.models.config import RouterSpec
     from mlm.models.presets import preset
     from mlm.parallel import MeshConfig
     from mlm.training.loop import LoopConfig
@@ -105,6 +106,7 @@ def bind_all() -> None:
     names: dict[str, Callable[..., Any]] = {
         "run": Plan,
         "preset": preset,
+        "router": RouterSpec,
         "data": DataConfig,
         "train": TrainConfig,
         "optimizer": make_optimizer,

@@ -295,6 +295,11 @@ class RouterSpec:
         if self.balance:
             raise ValueError(f"RouterSpec: kind='expert_choice' is balanced by itself; set balance={self.balance} to 0")
 
+    @property
+    def active(self) -> float:
+        """Experts that serve a token, on average, where none is dropped."""
+        return float(self.k if self.kind == "top_k" else self.capacity or 1.0)
+
     def slots(self, tokens: int, training: bool) -> int | None:
         """C, the tokens an expert takes of a routing group of that many; None: as many as come."""
         factor = self.capacity if training else self.eval_capacity

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from mlm.models import routing
-from mlm.models.config import FFNSpec, RouterSpec
+from mlm.models.config import FFNSpec
 from mlm.models.grouped import by_group, grouped_matmul, permute
 from mlm.models.layers import FeedForward, Pass, feed_forward, parameter, zeros
 from mlm.models.routing import Choice, Plan, Probabilities, Real, Routed
@@ -251,8 +251,3 @@ def _record(
         z=jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * weight[..., 0]),
         languages=languages,
     )
-
-
-def active_parameters(spec: RouterSpec) -> float:
-    """Experts that serve a token, on average."""
-    return float(spec.k if spec.kind == "top_k" else spec.capacity or 1.0)

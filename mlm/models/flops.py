@@ -26,10 +26,36 @@ def _stack(stack: StackConfig, d_model: int, memory_width: int, length: int, mem
     for layer in stack.layer_specs():
         for spec in layer.sublayers:
             if isinstance(spec, FFNSpec):
-                total += 6.0 * (3 if spec.gated else 2) * d_model * spec.d_ff * length
+                total += 6.0 * _ffn_products(spec, d_model) * length
             else:
                 total += _attention(spec, d_model, memory_width, length, memory, stack.causal)
     return total
+
+
+def _ffn_products(spec: FFNSpec, d_model: int) -> float:
+    """Multiply-adds per position; of a mixture, those of the experts that serve a token, its router and its shared
+    network.
+    """
+    matrices = 3 if spec.gated else 2
+    if spec.router is None:
+        return matrices * d_model * spec.d_ff
+    shared = matrices * d_model * (spec.router.shared or 0)
+    return spec.router.active * matrices * d_model * spec.d_ff + d_model * spec.router.experts + shared
+
+
+def idle_parameters(config: ModelConfig) -> int:
+    """Parameters that a token, on average, does not meet: those of the experts that do not serve it."""
+    idle = 0.0
+    for name, stack in config.stacks().items():
+        width = config.memory_width if name == "encoder" else config.d_model
+        for layer in stack.layer_specs():
+            for spec in layer.sublayers:
+                if isinstance(spec, FFNSpec) and spec.router:
+                    matrices = 3 if spec.gated else 2
+                    biases = (matrices - 1) * spec.d_ff + width if spec.bias else 0
+                    expert = matrices * width * spec.d_ff + biases
+                    idle += (spec.router.experts - spec.router.active) * expert
+    return round(idle)
 
 
 def _attention(spec: AttentionSpec, d_model: int, memory_width: int, length: int, memory: int, causal: bool) -> float:

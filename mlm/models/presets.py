@@ -17,6 +17,7 @@ from mlm.models.config import (
     NormSpec,
     PositionSpec,
     ResidualSpec,
+    RouterSpec,
     StackConfig,
 )
 from mlm.registry import Registry
@@ -344,6 +345,72 @@ def glm_style(*, d_model: int, d_ff: int, heads: int, layers: int, vocab_size: i
     return ModelConfig(vocab_size=vocab_size, d_model=d_model, encoder=None, decoder=stack, head=HeadSpec(kind="tied"))
 
 
+SWITCH_BASE = (768, 3072, 12, 64, (12, 12))
+SWITCH_LARGE = (1024, 4096, 16, 64, (24, 24))
+SWITCH_XXL = (4096, 10240, 64, 64, (24, 24))
+SWITCH_C = (2080, 6144, 30, 64, (15, 15))
+ST_MOE_SIZES = {  # … experts, capacity in training and in evaluation
+    "base": (768, 2048, 12, 64, (12, 12), 16, 1.25, 2.0, 1e-4),
+    "xl": (2048, 5120, 32, 64, (24, 24), 16, 2.0, 4.0, 1e-4),
+    "32b": (5120, 20480, 64, 128, (24, 24), 64, 1.25, 2.0, 1e-3),
+}
+NLLB_MOE_54B = (2048, 8192, 16, 24)
+
+
+def sparse(config: ModelConfig, router: RouterSpec, *, every: int, extra: bool = False) -> ModelConfig:
+    """The model with every `every`-th layer's last feed-forward network a mixture of experts of its width, the last of
+    each `every` layers; `extra`: behind a mixture stands the dense network as well (ST-MoE). Expert choice, which looks
+    ahead, stays out of a decoder.
+
+    Raises ValueError when a stack is not made of equal layers.
+    """
+
+    def stack(own: StackConfig) -> StackConfig:
+        if len(own.group) > 1:
+            raise ValueError(
+                f"a group of {len(own.group)} different layers is not made sparse by every={every}; write it"
+            )
+        if own.causal and router.kind == "expert_choice":
+            return own
+        (dense,) = own.group
+        *others, ffn = dense.sublayers
+        if not isinstance(ffn, FFNSpec):
+            raise ValueError("a layer is made sparse in its last sublayer, which must be a feed-forward network")
+        mixture = (replace(ffn, router=router), ffn) if extra else (replace(ffn, router=router),)
+        group = (dense,) * (every - 1) + (LayerSpec(sublayers=(*others, *mixture)),)
+        return replace(own, group=group, repeats=own.repeats // every, rest=own.repeats % every)
+
+    stacks: dict[str, Any] = {name: stack(own) for name, own in config.stacks().items()}
+    return replace(config, **stacks)
+
+
+def switch_style(
+    *,
+    experts: int,
+    every: int = 2,
+    k: int = 1,
+    capacity: float = 1.25,
+    eval_capacity: float | None = None,
+    z: float = 0.0,
+    extra: bool = False,
+    **dense: Any,
+) -> ModelConfig:
+    """Switch (Fedus et al. 2021) and, with k=2 and extra dense networks, ST-MoE (Zoph et al. 2022): a sparse T5.
+
+    Experts start at 0.1 of the variance. Evaluation drops nothing unless `eval_capacity` is set.
+    """
+    router = RouterSpec(
+        experts=experts, k=k, capacity=capacity, eval_capacity=eval_capacity, balance=0.01, z=z, init=0.1**0.5
+    )
+    return sparse(t5_style(**dense), router, every=every, extra=extra)
+
+
+def nllb_moe(*, experts: int, **dense: Any) -> ModelConfig:
+    """NLLB's mixture (NLLB team 2022): two experts a token in every fourth layer, output masking."""
+    router = RouterSpec(experts=experts, k=2, gates="kept", capacity=2.0, output_masking=0.2)
+    return sparse(fairseq_style(**dense), router, every=4)
+
+
 class Preset(NamedTuple):
     """A published model: call it for its config."""
 
@@ -411,6 +478,19 @@ _add(
     rope=_rope[32.0],
     tied=True,
 )
+for _experts in (8, 16, 32, 64, 128, 256):
+    _switch: dict[str, Any] = {"vocab_size": T5_VOCAB, "activation": "relu", "tied": True, "experts": _experts}
+    _add("Switch", "switch_{}_" + str(_experts), switch_style, T5_COLUMNS, {"base": SWITCH_BASE}, **_switch)
+_switch["experts"] = 128
+_add("Switch", "switch_{}_128", switch_style, T5_COLUMNS, {"large": SWITCH_LARGE}, **_switch)
+_xxl = {"vocab_size": T5_VOCAB, "experts": 128}
+_add("Switch", "switch_{}", switch_style, T5_COLUMNS, {"xxl": SWITCH_XXL}, **_xxl)
+_c = {"vocab_size": T5_VOCAB, "activation": "relu", "experts": 2048, "every": 1, "capacity": 1.0}
+_add("Switch", "switch_{}", switch_style, T5_COLUMNS, {"c": SWITCH_C}, **_c)
+_st_moe = T5_COLUMNS + " experts capacity eval_capacity z"
+_add("ST-MoE", "st_moe_{}", switch_style, _st_moe, ST_MOE_SIZES, vocab_size=T5_VOCAB, every=4, k=2, extra=True)
+_nllb = {"vocab_size": 256_206, "experts": 128}
+_add("NLLB-MoE", "nllb_moe_{}", nllb_moe, FAIRSEQ_COLUMNS, {"54b": NLLB_MOE_54B}, **_nllb)
 
 
 def preset(
@@ -421,12 +501,16 @@ def preset(
     dropout: float | None = None,
     remat: str | None = None,
     scan: bool | None = None,
+    router: RouterSpec | None = None,
+    every: int = 2,
 ) -> ModelConfig:
     """The published model `name`, with what a run may change about it; None keeps the published value.
 
+    router: makes every `every`-th layer's feed-forward network a mixture of experts (`sparse`).
     Raises KeyError with the nearest names for an unknown preset.
     """
     config = PRESETS[name]()
+    config = config if router is None else sparse(config, router, every=every)
     stack: dict[str, Any] = {k: v for k, v in (("dropout", dropout), ("remat", remat), ("scan", scan)) if v is not None}
     top: dict[str, Any] = {k: v for k, v in (("vocab_size", vocab_size), ("dtype", dtype)) if v is not None}
     return replace(config, **top | {side: replace(own, **stack) for side, own in config.stacks().items()})

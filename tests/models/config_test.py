@@ -14,12 +14,13 @@ from mlm.models.config import (
     NormSpec,
     PositionSpec,
     ResidualSpec,
+    RouterSpec,
     StackConfig,
     deep_norm,
     from_json,
     to_json,
 )
-from mlm.models.presets import PRESETS, preset
+from mlm.models.presets import PRESETS, preset, sparse, t5_style
 from mlm.models.transformer import Transformer
 
 # 2Vd + L_e(attn + ffn + 2d) + L_d(2 attn + ffn + 3d) + 2d + 64h; attn = 4 d h d_h, ffn = 3 d f.
@@ -74,6 +75,16 @@ PUBLISHED = {
     "t5gemma_2b_2b": 5_596_853_760,
     "t5gemma_9b_2b": 12_292_375_296,
     "t5gemma_9b_9b": 20_333_401_088,
+    # t5_base with E experts in place of 12 of 24 networks: 222,903,552 + 12 ((E - 1) 2 d f + d E); Switch-C: of all 30.
+    "switch_base_8": 619_339_008,
+    "switch_base_128": 7_415_217_408,
+    "switch_base_256": 14_664_154_368,
+    "switch_large_128": 26_309_291_008,
+    "switch_xxl": 394_675_073_024,
+    "switch_c": 1_571_327_875_360,
+    "st_moe_32b": 269_104_613_376,
+    # 3,344,863,232 of nllb_3_3b + 12 (127 (2 d f + f + d) + 128 d): 54.5 billion, as published.
+    "nllb_moe_54b": 54_500_569_088,
     # Vd + 514 d + d (token type) + 2d (norm) + L (4d^2 + 2 d f + 9d + f) + head d^2 + 3d + V; Hugging Face's counts.
     # base: 192,001,536 + 394,752 + 768 + 1,536 + 12 * 7,087,872 + 592,128 + 250,002.
     "xlm_r_base": 278_295_186,
@@ -196,3 +207,46 @@ def test_deep_norm_has_the_published_constants():
     assert deep_norm(None, 70)[1].alpha == pytest.approx(3.440, abs=1e-3)
     with pytest.raises(ValueError, match="at least one stack"):
         deep_norm(None, None)
+
+
+def test_a_dense_preset_becomes_sparse_by_a_router():
+    """Every second layer's network; an odd layer stays; a decoder keeps its dense networks where experts choose."""
+    config = preset("tiny", router=RouterSpec(experts=4))
+    names = [layer.names() for layer in config.encoder.layer_specs()]
+    assert names == [("self_attention", "ffn"), ("self_attention", "moe")]
+    odd = sparse(
+        t5_style(vocab_size=9, d_model=4, d_ff=4, heads=1, head_dim=4, layers=(5, 2)), RouterSpec(experts=2), every=2
+    )
+    assert [layer.names()[-1] for layer in odd.encoder.layer_specs()] == ["ffn", "moe", "ffn", "moe", "ffn"]
+    chosen = preset("tiny", router=RouterSpec(experts=4, kind="expert_choice", capacity=2.0, balance=0.0))
+    assert chosen.encoder.routers()
+    assert not chosen.decoder.routers()
+    with pytest.raises(ValueError, match="6 different layers is not made sparse"):
+        preset("gemma_3_270m", router=RouterSpec(experts=4))
+
+
+@pytest.mark.parametrize(
+    ("router", "said"),
+    [
+        ({"kind": "expert_choice", "capacity": 2.0, "balance": 0.0}, "kind='expert_choice' decides by later tokens"),
+        ({"k": 2, "capacity": 1.0, "priority": "score"}, "priority='score' decides by later tokens"),
+        ({"k": 2, "capacity": 1.0, "priority": "choice"}, "priority='choice' with k=2 lets first choices of later"),
+    ],
+)
+def test_routers_that_look_ahead_are_refused_in_a_decoder(router, said):
+    config = preset("tiny")
+    mixture = FFNSpec(d_ff=4, router=RouterSpec(experts=4, **router))
+    layer = LayerSpec(sublayers=(*config.decoder.group[0].sublayers[:-1], mixture))
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(config.decoder, group=(layer,))
+    encoder = LayerSpec(sublayers=(config.encoder.group[0].sublayers[0], mixture))
+    assert dataclasses.replace(config.encoder, group=(encoder,)).routers()
+
+
+def test_mixtures_of_a_stack_have_one_number_of_experts():
+    own = preset("tiny").encoder
+    layers = tuple(
+        LayerSpec(sublayers=(own.group[0].sublayers[0], FFNSpec(d_ff=4, router=RouterSpec(experts=e)))) for e in (2, 4)
+    )
+    with pytest.raises(ValueError, match=r"must agree; found \[2, 4\]"):
+        dataclasses.replace(own, group=layers, repeats=1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlm.models.flops import training_flops
+from mlm.models.flops import idle_parameters, training_flops
 from mlm.models.presets import preset
 
 
@@ -25,3 +25,16 @@ def test_flops_per_sequence(name, published):
 def test_rows_add_up():
     config = preset("tiny")
     assert training_flops(config, 8, 64, 32) == 8 * training_flops(config, 1, 64, 32)
+
+
+def test_a_mixture_costs_what_its_chosen_experts_cost():
+    """Switch Base beside T5 Base: the same networks for a token, and 12 routers of d E more, 6 FLOPs each."""
+    dense, switch = (training_flops(preset(name), 1, 512, 114) for name in ("t5_base", "switch_base_128"))
+    assert switch - dense == 6 * 6 * 768 * 128 * (512 + 114)
+
+
+def test_idle_parameters_are_those_of_the_experts_that_do_not_serve():
+    """switch_base_8: 12 mixtures, 7 of 8 experts of 2 d f idle. NLLB's have biases, and serve two of 128."""
+    assert idle_parameters(preset("t5_base")) == 0
+    assert idle_parameters(preset("switch_base_8")) == 12 * 7 * 2 * 768 * 3072
+    assert idle_parameters(preset("nllb_moe_54b")) == 12 * 126 * (2 * 2048 * 8192 + 8192 + 2048)

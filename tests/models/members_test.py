@@ -19,7 +19,7 @@ from mlm.models.config import (
     deep_norm,
 )
 from mlm.models.positions import rotate
-from mlm.models.presets import bert_style, fairseq_style, gemma_3, glm_style, llama_style, t5_style, t5gemma
+from mlm.models.presets import bert_style, fairseq_style, gemma_3, glm_style, llama_style, sparse, t5_style, t5gemma
 from mlm.models.transformer import Transformer
 from mlm.objectives import head_cross_entropy, token_cross_entropy
 from tests.models import rows
@@ -68,28 +68,14 @@ def deep():
 
 def moe():
     """Every second layer sparse, two experts a token; an odd number of layers."""
-    return with_router(T5(layers=(3, 3)), RouterSpec(experts=4, k=2, z=1e-3), every=2)
+    return sparse(T5(layers=(3, 3)), RouterSpec(experts=4, k=2, z=1e-3), every=2)
 
 
 def moe_kit():
     """Conditional routing, masked outputs, biased experts, kept gates, balancing biases, behind a dense network."""
     router = RouterSpec(experts=3, k=2, gates="kept", shared=10, budget=0.8, output_masking=0.2, bias_rate=0.01)
     plain = FAIRSEQ(vocab_size=V)
-    return with_router(plain, router, every=1, extra=True)
-
-
-def with_router(config, router, every, extra=False):
-    """The model with every `every`-th feed-forward network a mixture, `extra`: after the dense one."""
-
-    def stack(own):
-        (layer,) = own.group
-        *others, ffn = layer.sublayers
-        mixture = dataclasses.replace(ffn, router=router)
-        sparse = LayerSpec(sublayers=(*others, *([ffn] if extra else []), mixture))
-        group = (layer,) * (every - 1) + (sparse,)
-        return dataclasses.replace(own, group=group, repeats=own.repeats // every, rest=own.repeats % every)
-
-    return dataclasses.replace(config, **{name: stack(own) for name, own in config.stacks().items()})
+    return sparse(plain, router, every=1, extra=True)
 
 
 WIDER = {"d_model": 20, "d_ff": 14, "heads": 6, "kv_heads": 3, "head_dim": 6, "layers": 4}

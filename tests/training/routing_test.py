@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models.config import LayerSpec, RouterSpec
+from mlm.models import presets
+from mlm.models.config import RouterSpec
 from mlm.parallel import MeshConfig, global_batch, make_mesh
 from mlm.training.optimizers import make_optimizer
 from mlm.training.trainer import TrainConfig, Trainer
@@ -20,14 +21,9 @@ E, D = 8, MODEL.d_model
 
 def sparse(router, **change):
     """The toy, one layer a stack, with mixtures in place of its feed-forward networks."""
-
-    def stack(own):
-        (layer,) = own.group
-        *others, ffn = layer.sublayers
-        mixture = dataclasses.replace(ffn, router=router)
-        return dataclasses.replace(own, group=(LayerSpec(sublayers=(*others, mixture)),), repeats=1, **change)
-
-    return dataclasses.replace(MODEL, encoder=stack(MODEL.encoder), decoder=stack(MODEL.decoder))
+    config = presets.sparse(MODEL, router, every=1)
+    stacks = {name: dataclasses.replace(own, repeats=1, **change) for name, own in config.stacks().items()}
+    return dataclasses.replace(config, **stacks)
 
 
 DROPLESS = RouterSpec(experts=E, k=2, gates="chosen", balance=0.05, z=0.01, bias_rate=0.01)
