@@ -38,7 +38,7 @@ def _ffn_products(spec: FFNSpec, d_model: int) -> float:
     """
     matrices = 3 if spec.gated else 2
     if spec.router is None:
-        return matrices * d_model * spec.d_ff
+        return float(matrices * d_model * spec.d_ff)
     shared = matrices * d_model * (spec.router.shared or 0)
     return spec.router.active * matrices * d_model * spec.d_ff + d_model * spec.router.experts + shared
 
