@@ -1,0 +1,1 @@
+"""What is done to trained parameters: sparse from dense, fewer experts."""
