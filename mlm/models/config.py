@@ -10,6 +10,7 @@ from mlm.registry import nearest
 
 ACTIVATIONS = ("geglu", "geglu_erf", "swiglu", "relu", "gelu", "gelu_tanh")  # the first three are gated
 REMAT_POLICIES = ("none", "minimal", "dots", "full")
+ATTENTION_PATHS = ("plain", "blockwise")
 POSITIONS = ("none", "t5_bucket", "alibi", "rope")
 ABSOLUTE_POSITIONS = ("none", "learned", "sinusoidal")
 SOURCES = ("self", "cross", "joint")
@@ -405,11 +406,13 @@ class StackConfig:
     final_norm: bool = True
     dropout: float = 0.0
     remat: str = "none"
+    attention: str = "plain"
     scan: bool = True
 
     def __post_init__(self):
         _positive(self, "repeats")
         _choice("StackConfig", "remat", self.remat, REMAT_POLICIES)
+        _choice("StackConfig", "attention", self.attention, ATTENTION_PATHS)
         if not self.group or not all(layer.sublayers for layer in self.group):
             raise ValueError("StackConfig.group needs at least one layer, and every layer at least one sublayer")
         if not 0 <= self.rest < len(self.group):
