@@ -20,17 +20,19 @@ from mlm.models.attention import MASKED, Seen, logits_of, mean_values
 from mlm.models.layers import dropout
 from mlm.models.sight import Sight
 
-BLOCK = 512  # queries and keys, at most
+BLOCK = 256  # queries and keys, at most
 SAVED = "attention"  # the name under which a rematerialised layer keeps what the backward pass starts from
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known before a run. blocks: (queries, keys) of a block, and which pairs of first indices meet."""
+    """What is known before a run. pieces: of each, its sight without arrays, the (queries, keys) of a block, and the
+    pairs of first indices that meet.
+    """
 
     softcap: float | None
     scale: float | None
-    blocks: tuple[tuple[tuple[int, int], tuple[tuple[int, int], ...]], ...]
+    pieces: tuple[tuple[Sight, tuple[int, int], tuple[tuple[int, int], ...]], ...]
 
 
 def attend_blockwise(
@@ -41,40 +43,40 @@ def attend_blockwise(
     softcap: float | None = None,
     rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Array, "R H T K"]:
     """`attention.attend` of pieces whose sights are not drawn. A query that sees no key at all gives 0.
 
-    Blocks that order or window keep apart are not visited.
+    Blocks that order or window keep apart are not visited. block: queries and keys of one, at most (None: `BLOCK`).
     """
-    rows, heads, length, size = query.shape
+    length, block = query.shape[2], block or BLOCK
     across = _block_size(length, block)
     padded = -(-length // across) * across
-    pieces, blocks = [], []
+    pieces, known = [], []
     for piece in seen:
         assert isinstance(piece.sight, Sight)
         keys = piece.key.shape[2]
         down = _block_size(keys, block)
-        blocks.append(((across, down), _meetings(piece.sight, across, down)))
         ends = -(-keys // down) * down
         sight = piece.sight if (padded, ends) == (length, keys) else piece.sight.padded(padded, ends)
         pieces.append(Seen(_lengthened(piece.key, ends), _lengthened(piece.value, ends), sight))
+        known.append((sight.bare(), (across, down), _meetings(piece.sight, across, down)))
     learned = isinstance(scale, jax.Array)
-    plan = _Plan(softcap, None if learned else scale, tuple(blocks))
+    plan = _Plan(softcap, None if learned else scale, tuple(known))
     moving = (
         _lengthened(query, padded),
         tuple((piece.key, piece.value, piece.sight.table) for piece in pieces),
         scale if learned else None,
     )
     fixed = tuple(
-        (replace(piece.sight, table=None), kept)
+        (piece.sight.arrays(), kept)
         for piece, kept in zip(pieces, _kept(query, seen, pieces, rate, dropout_key), strict=True)
     )
     return _attend(plan, moving, fixed)[:, :, :length]
 
 
 def _block_size(length: int, most: int) -> int:
-    """The smallest multiple of 8 of which as many cover the length as of `most`."""
+    """The smallest multiple of 8 of which no more cover the length than of `most`."""
     count = -(-length // most)
     return -(-length // count // 8) * 8
 
@@ -128,7 +130,7 @@ def _forward(plan, moving, fixed):
         z = _logits(plan, sight)(q, k, table, scale)
         new = jnp.maximum(m, jnp.max(z, axis=-1))
         p, shrink = _exp(z, new), jnp.exp(m - new)
-        values = mean_values(q, _dropped(p, kept), v, jnp.float32)
+        values = mean_values(q, _dropped(p, kept), v, jnp.dtype(jnp.float32))
         block = new, total * shrink + jnp.sum(p, axis=-1), mean * shrink[..., None] + values
         return tuple(_put(x, part, at[0]) for x, part in zip(carry, block, strict=True))
 
@@ -170,14 +172,14 @@ def _over_blocks(plan: _Plan, moving: Any, fixed: Any, visit: Callable, carry: A
 
     A while loop: policies of rematerialisation look into a scan, and would keep all that they find in the blocks.
     """
-    for index, piece in enumerate(zip(plan.blocks, moving[1], fixed, strict=True)):
+    for index, piece in enumerate(zip(plan.pieces, moving[1], fixed, strict=True)):
         carry = _over_piece(piece, moving[0], partial(visit, index), carry)
     return carry
 
 
 def _over_piece(piece: Any, query: Float[Array, "R H T K"], visit: Callable, carry: Any) -> Any:
-    (shape, meetings), (key, value, table), (sight, kept) = piece
-    where = jnp.asarray(meetings, jnp.int32)
+    (bare, shape, meetings), (key, value, table), (arrays, kept) = piece
+    sight, where = replace(bare, **arrays), jnp.asarray(meetings, jnp.int32)
 
     def body(state):
         step, carry = state

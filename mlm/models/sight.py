@@ -4,6 +4,7 @@ A `Sight` holds nothing of size T x S. What a path of attention works on, all of
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,14 @@ class Sight:
             return None, None
         return reach(causal=self.causal, window=self.window, prefix=self.prefix is not None)
 
+    def arrays(self) -> dict[str, Any]:
+        """The fields that hold arrays, but for the table, which alone has a gradient."""
+        return {"start": jnp.asarray(self.start, jnp.int32), "segments": self.segments, "prefix": self.prefix}
+
+    def bare(self) -> "Sight":
+        """All but what `arrays` gives and the table: known before a run, and hashable."""
+        return replace(self, start=0, segments=None, prefix=None, table=None)
+
     def padded(self, queries: int, keys: int) -> "Sight":
         """Of more queries and keys, the new ones in segment 0."""
         more = [(0, 0), (0, queries - self.shape[0])], [(0, 0), (0, keys - self.shape[1])]
@@ -118,13 +127,6 @@ class Sight:
             segments=cut(self.segments),
             prefix=cut(self.prefix),
         )
-
-
-jax.tree_util.register_dataclass(
-    Sight,
-    data_fields=["start", "first_key", "segments", "prefix", "table"],
-    meta_fields=["shape", "causal", "window", "position", "heads"],
-)
 
 
 def reach(*, causal: bool, window: int | None, prefix: bool = False) -> Reach:

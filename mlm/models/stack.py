@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mlm.models import blockwise
 from mlm.models.attention import Attention, Seen, position_table
 from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, StackConfig
 from mlm.models.experts import MixtureOfExperts
@@ -22,10 +23,11 @@ from mlm.models.sight import Drawn, Sight
 from mlm.types import Hidden, Params, Placement, PyTree, Segments, SourceHidden, SourceSegments
 
 _STATES = ("batch", "length", "embed")  # logical axes of activations between sublayers
+_POLICIES, _ATTENDED = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names(blockwise.SAVED)
 _SAVED = {
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "minimal": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _ATTENDED),
+    "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _ATTENDED),
+    "full": _POLICIES.nothing_saveable,
 }
 
 
