@@ -94,11 +94,12 @@ class Sight:
 
     def arrays(self) -> dict[str, Any]:
         """The fields that hold arrays, but for the table, which alone has a gradient."""
-        return {"start": jnp.asarray(self.start, jnp.int32), "segments": self.segments, "prefix": self.prefix}
+        fields = {"start": self.start, "segments": self.segments, "prefix": self.prefix}
+        return {name: value for name, value in fields.items() if not isinstance(value, int | None)}
 
     def bare(self) -> "Sight":
-        """All but what `arrays` gives and the table: known before a run, and hashable."""
-        return replace(self, start=0, segments=None, prefix=None, table=None)
+        """What stays without `arrays` and the table: known before a run, and hashable."""
+        return replace(self, start=self.start if isinstance(self.start, int) else 0, segments=None, prefix=None, table=None)
 
     def padded(self, queries: int, keys: int) -> "Sight":
         """Of more queries and keys, the new ones in segment 0."""
