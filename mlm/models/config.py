@@ -10,7 +10,7 @@ from mlm.registry import nearest
 
 ACTIVATIONS = ("geglu", "geglu_erf", "swiglu", "relu", "gelu", "gelu_tanh")  # the first three are gated
 REMAT_POLICIES = ("none", "minimal", "dots", "full")
-ATTENTION_PATHS = ("plain", "blockwise")
+ATTENTION_PATHS = ("plain", "blockwise", "cudnn", "splash")
 POSITIONS = ("none", "t5_bucket", "alibi", "rope")
 ABSOLUTE_POSITIONS = ("none", "learned", "sinusoidal")
 SOURCES = ("self", "cross", "joint")
@@ -392,8 +392,10 @@ class StackConfig:
 
     Parameters of the groups are stacked on a leading axis. scan: run the groups by one `lax.scan` (compile time does
     not grow with depth) or unrolled; the numbers are the same. remat: what the backward pass keeps (none: everything;
-    minimal: outputs of weight matmuls; dots: outputs of all matmuls; full: layer inputs only). final_norm: a norm
-    after the last layer (post-norm stacks have none).
+    minimal: outputs of weight matmuls; dots: outputs of all matmuls; full: layer inputs only). attention: how it is
+    computed on whole sequences, never what (plain: all logits at once; blockwise: in memory that grows with the length;
+    cudnn, splash: the kernels of NVIDIA GPUs and of TPUs, which refuse what they cannot do). final_norm: a norm after
+    the last layer (post-norm stacks have none).
     """
 
     group: tuple[LayerSpec, ...]

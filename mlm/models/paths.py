@@ -1,20 +1,55 @@
 """The paths that attention can take, by name: the same numbers with other memory and on other hardware."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlm.models.attention import Attend, attend
 from mlm.models.blockwise import attend_blockwise
+from mlm.models.config import StackConfig
+from mlm.models.kernels import (
+    attend_cudnn,
+    attend_splash,
+    cudnn_misfits,
+    cudnn_misfits_here,
+    splash_misfits,
+    splash_misfits_here,
+)
 
 
 @dataclass(frozen=True)
 class Path:
-    """draws: whether it reads masks and biases as arrays, or the sights that they are drawn from."""
+    """draws: whether it reads masks and biases as arrays, or the sights that they are drawn from.
+
+    misfits(stack, dtype): what of a model it cannot do. misfits_here(lengths, prefix): what of a pass or of the
+    devices. Both as phrases, none where it fits.
+    """
 
     attend: Attend
     draws: bool
+    misfits: Callable[[StackConfig, str], list[str]] = lambda stack, dtype: []
+    misfits_here: Callable[[Sequence[int], bool], list[str]] = lambda lengths, prefix: []
 
 
 PATHS: dict[str, Path] = {
     "plain": Path(attend, draws=True),
     "blockwise": Path(attend_blockwise, draws=False),
+    "cudnn": Path(attend_cudnn, True, cudnn_misfits, cudnn_misfits_here),
+    "splash": Path(attend_splash, False, splash_misfits, splash_misfits_here),
 }
+
+
+def path_of(stack: StackConfig, dtype: str, lengths: Sequence[int] = (), prefix: bool | None = None) -> Path:
+    """The path that the stack names. prefix None: before any pass, when only the model can be judged.
+
+    Raises ValueError with all that does not fit, and the paths that would.
+    """
+
+    def misfits(name: str) -> list[str]:
+        path = PATHS[name]
+        here = [] if prefix is None else path.misfits_here(lengths, prefix)
+        return path.misfits(stack, dtype) + here
+
+    if found := misfits(stack.attention):
+        fitting = ", ".join(repr(name) for name in PATHS if not misfits(name))
+        raise ValueError(f"attention={stack.attention!r} does not fit: {'; '.join(found)}. What fits: {fitting}")
+    return PATHS[stack.attention]

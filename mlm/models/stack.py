@@ -16,7 +16,7 @@ from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, StackConfig
 from mlm.models.experts import MixtureOfExperts
 from mlm.models.functional import Template
 from mlm.models.layers import FeedForward, Norm, Pass, dropout, parameter
-from mlm.models.paths import PATHS, Path
+from mlm.models.paths import PATHS, Path, path_of
 from mlm.models.positions import segment_positions, sinusoids
 from mlm.models.routing import Routed, rebalanced
 from mlm.models.sight import Drawn, Sight
@@ -304,7 +304,9 @@ class Stack:
             else Sight(shape=(length, memory_segments.shape[1]), segments=(segments, memory_segments)),
         )
         table = frame.position[...] if config.shared_table() else None
-        looks = Looks(view, config.attentions(), table, PATHS[config.attention])
+        lengths = {length, length if memory is None else memory.shape[1]}
+        path = path_of(config, str(rows.dtype), sorted(lengths), prefix is not None)
+        looks = Looks(view, config.attentions(), table, path)
         keys = None if key is None else jax.random.split(key, config.repeats + 2)
         per_group = len(config.routers())
 

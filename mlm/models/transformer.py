@@ -13,6 +13,7 @@ from mlm.models.config import FFNSpec, ModelConfig, NormSpec
 from mlm.models.functional import Template
 from mlm.models.layers import Norm, Pass, cap, parameter, product, zeros
 from mlm.models.routing import Routed
+from mlm.models.paths import path_of
 from mlm.models.stack import Stack
 from mlm.registry import nearest
 from mlm.types import (
@@ -87,6 +88,8 @@ class Transformer:
         self.config = config
         self._placement = placement
         self._dtype = jnp.dtype(config.dtype)
+        for stack in config.stacks().values():
+            path_of(stack, config.dtype)  # refuses what does not fit before anything is traced
         self._ends = Template(partial(Ends, config))
         width = {"encoder": config.memory_width, "decoder": config.d_model}
         self._stacks = {name: Stack(width[name], config.memory_width, stack) for name, stack in config.stacks().items()}
