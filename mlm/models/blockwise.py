@@ -51,28 +51,23 @@ def attend_blockwise(
     """
     length, block = query.shape[2], block or BLOCK
     across = _block_size(length, block)
-    padded = -(-length // across) * across
-    pieces, known = [], []
+    queries = -(-length // across) * across
+    known, arrays, moving = [], [], []
     for piece in seen:
-        assert isinstance(piece.sight, Sight)
-        keys = piece.key.shape[2]
+        sight, keys = piece.sight, piece.key.shape[2]
+        assert isinstance(sight, Sight)
         down = _block_size(keys, block)
         ends = -(-keys // down) * down
-        sight = piece.sight if (padded, ends) == (length, keys) else piece.sight.padded(padded, ends)
-        pieces.append(Seen(_lengthened(piece.key, ends), _lengthened(piece.value, ends), sight))
-        known.append((sight.bare(), (across, down), _meetings(piece.sight, across, down)))
+        meetings = _meetings(sight, across, down)
+        sight = sight if (queries, ends) == (length, keys) else sight.padded(queries, ends)
+        known.append((sight.bare(), (across, down), meetings))
+        arrays.append(sight.arrays())
+        moving.append((_lengthened(piece.key, ends), _lengthened(piece.value, ends), sight.table))
     learned = isinstance(scale, jax.Array)
     plan = _Plan(softcap, None if learned else scale, tuple(known))
-    moving = (
-        _lengthened(query, padded),
-        tuple((piece.key, piece.value, piece.sight.table) for piece in pieces),
-        scale if learned else None,
-    )
-    fixed = tuple(
-        (piece.sight.arrays(), kept)
-        for piece, kept in zip(pieces, _kept(query, seen, pieces, rate, dropout_key), strict=True)
-    )
-    return _attend(plan, moving, fixed)[:, :, :length]
+    kept = _kept(query, [piece.key.shape[2] for piece in seen], [key.shape[2] for key, *_ in moving], rate, dropout_key)
+    inputs = _lengthened(query, queries), tuple(moving), scale if learned else None
+    return _attend(plan, inputs, tuple(zip(arrays, kept, strict=True)))[:, :, :length]
 
 
 def _block_size(length: int, most: int) -> int:
@@ -100,17 +95,15 @@ def _lengthened(x: Float[Array, "B H T K"], length: int) -> Float[Array, "B H L 
 
 
 def _kept(
-    query: Float[Array, "R H T K"], seen: Sequence[Seen], pieces: Sequence[Seen], rate: float, key: Array | None
+    query: Float[Array, "R H T K"], lengths: list[int], padded: list[int], rate: float, key: Array | None
 ) -> list[Float[Array, "R H 1 S"] | None]:
     """By what dropout multiplies the probabilities of every piece's keys: one draw for all queries, as in `attend`."""
     if key is None or rate == 0.0:
-        return [None] * len(pieces)
-    lengths = [piece.key.shape[2] for piece in seen]
+        return [None] * len(lengths)
     factors = dropout(jnp.ones((*query.shape[:2], 1, sum(lengths)), jnp.float32), rate, key, broadcast=(2,))
     parts = jnp.split(factors, np.cumsum(lengths)[:-1], axis=-1)
     return [
-        jnp.pad(part, ((0, 0), (0, 0), (0, 0), (0, piece.key.shape[2] - part.shape[-1])))
-        for part, piece in zip(parts, pieces, strict=True)
+        jnp.pad(part, [(0, 0)] * 3 + [(0, size - part.shape[-1])]) for part, size in zip(parts, padded, strict=True)
     ]
 
 
@@ -120,7 +113,7 @@ def _attend(plan: _Plan, moving: Any, fixed: Any) -> Float[Array, "R H T K"]:
 
 
 def _forward(plan, moving, fixed):
-    """(values, what the backward pass needs), from the largest logit m and l = sum_s exp(z_s - m) of the keys so far."""
+    """(values, what the backward pass needs), by the largest logit m and l = sum_s exp(z_s - m) of the keys so far."""
     query, _, scale = moving
     highest = jnp.full(query.shape[:3], MASKED, jnp.float32)
     carry = highest, jnp.zeros_like(highest), jnp.zeros(query.shape, jnp.float32)

@@ -40,9 +40,7 @@ def attend_cudnn(
         bias = _joined([zero if d.bias is None else d.bias.astype(query.dtype) for d, zero in zip(drawn, none)])
     key, value = (jnp.concatenate(x, axis=2) for x in zip(*((piece.key, piece.value) for piece in seen)))
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    return jnp.swapaxes(
-        jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, implementation="cudnn"), 1, 2
-    )
+    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, implementation="cudnn"), 1, 2)
 
 
 def attend_splash(

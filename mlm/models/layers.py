@@ -49,7 +49,7 @@ def product(x: Float[Array, "B L D"], weights: Float[Array, "D F"]) -> Float[Arr
 
 
 def _product_forward(x, weights):
-    # Not product(x, weights): what a rematerialised layer keeps is told by its operations, and that call would hide one.
+    # Not product(x, weights): a policy of rematerialisation goes by operations, and that call would hide this one.
     return jnp.einsum("BLD,DF->BLF", x, weights), (x, weights)
 
 

@@ -99,7 +99,9 @@ class Sight:
 
     def bare(self) -> "Sight":
         """What stays without `arrays` and the table: known before a run, and hashable."""
-        return replace(self, start=self.start if isinstance(self.start, int) else 0, segments=None, prefix=None, table=None)
+        return replace(
+            self, start=self.start if isinstance(self.start, int) else 0, segments=None, prefix=None, table=None
+        )
 
     def padded(self, queries: int, keys: int) -> "Sight":
         """Of more queries and keys, the new ones in segment 0."""

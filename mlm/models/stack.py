@@ -102,7 +102,7 @@ class Layer(nnx.Module):
                     seen.append(Seen(k, v, looks(body)))
                 if body.spec.reads_memory:
                     k, v = body.keys_values(view.memory)
-                    seen.append(Seen(k, v, looks.memory))
+                    seen.append(Seen(k, v, looks.memory()))
                 return body.attended(body.queries(h, view.positions), seen, its.rate, inner, looks.attend)
 
             x = self._around(x, body, run, partial(dropout, rate=its.rate, key=outer))
@@ -133,7 +133,7 @@ class Layer(nnx.Module):
                     seen.append(Seen(written[name]["key"], written[name]["value"], looks(body)))
                 if body.spec.reads_memory:
                     cross = cache["cross"][name]
-                    seen.append(Seen(cross["key"], cross["value"], looks.memory))
+                    seen.append(Seen(cross["key"], cross["value"], looks.memory()))
                 return body.attended(body.queries(h, view.positions), seen, 0.0, None, looks.attend)
 
             x = self._around(x, body, run, lambda y: y)
@@ -170,11 +170,11 @@ class Looks:
         self.attend, self._draws = path.attend, path.draws
         self._view, self._table = view, table
         self._masks, self._biases = {}, {}
-        self.memory: Sight | Drawn | None = view.memory_sight
+        self._memory: Sight | Drawn | None = view.memory_sight
         if not self._draws:
             return
-        if self.memory is not None:
-            self.memory = self.memory.drawn()
+        if self._memory is not None:
+            self._memory = self._memory.drawn()
         for spec in specs:
             if not spec.reads_itself:
                 continue
@@ -191,6 +191,11 @@ class Looks:
         if not self._draws:
             return sight
         return Drawn(self._masks[spec.window], sight.bias() if owner else self._biases[spec.position, spec.heads])
+
+    def memory(self) -> Sight | Drawn:
+        """How the queries see the keys of the encoder."""
+        assert self._memory is not None
+        return self._memory
 
     def _sight(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None) -> Sight:
         return replace(self._view.own, window=spec.window, position=spec.position, heads=spec.heads, table=table)

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mlm.models.config import FFNSpec, ModelConfig, NormSpec
 from mlm.models.functional import Template
 from mlm.models.layers import Norm, Pass, cap, parameter, product, zeros
-from mlm.models.routing import Routed
 from mlm.models.paths import path_of
+from mlm.models.routing import Routed
 from mlm.models.stack import Stack
 from mlm.registry import nearest
 from mlm.types import (

@@ -1,4 +1,4 @@
-"""Blockwise attention gives the numbers of plain attention, in values and gradients, and never holds T x S of anything."""
+"""Blockwise attention gives the numbers of plain attention, gradients too, and never holds T x S numbers."""
 
 from functools import partial
 
@@ -21,7 +21,12 @@ REAL = (SEGMENTS > 0)[:, None, :, None]
 CASES = {
     "t5, causal": {"causal": True, "position": PositionSpec()},
     "t5, both ways, dropout": {"causal": False, "position": PositionSpec(), "rate": 0.3},
-    "alibi, window both ways, cap": {"causal": False, "position": PositionSpec(kind="alibi"), "window": 9, "softcap": 2.0},
+    "alibi, window both ways, cap": {
+        "causal": False,
+        "position": PositionSpec(kind="alibi"),
+        "window": 9,
+        "softcap": 2.0,
+    },
     "no bias, causal window": {"causal": True, "position": NO_POSITION, "window": 10},
     "t5, prefix, window, cap": {
         "causal": True,
@@ -44,7 +49,7 @@ def arrays(dtype=jnp.float32):
 
 
 def joint(path, case, q, k, v, source_k, source_v, table, scale):
-    """Self- and cross-attention under one softmax, two examples packed in the first row, of which the end is padding."""
+    """Self- and cross-attention under one softmax, two examples packed in the first row, its end padding."""
     case = dict(case)
     rate, softcap = case.pop("rate", 0.0), case.pop("softcap", None)
     table = table if case["position"].kind == "t5_bucket" else None
@@ -77,9 +82,7 @@ def test_bfloat16_is_as_near_to_float32_as_in_plain_attention():
     case = CASES["t5, causal"]
     plain, blocks = (jax.jit(partial(joint, path, case)) for path in (attend, partial(attend_blockwise, block=16)))
     exact = plain(*arrays())
-    of_plain, of_blocks = (
-        float(jnp.abs((run(*arrays(jnp.bfloat16)) - exact) * REAL).max()) for run in (plain, blocks)
-    )
+    of_plain, of_blocks = (float(jnp.abs((run(*arrays(jnp.bfloat16)) - exact) * REAL).max()) for run in (plain, blocks))
     assert of_blocks <= 1.2 * of_plain < 0.1
 
 
@@ -160,5 +163,7 @@ def test_beams_share_a_source_and_queries_begin_anywhere():
     )
     source = Sight(shape=(20, S), segments=(jnp.ones((1, 20), jnp.int32), (SOURCE_SEGMENTS > 0).astype(jnp.int32)))
     seen = [Seen(own_k, own_v, sight), Seen(k, v, source)]
-    got, want = (jax.jit(lambda q, path=path: path(q, seen))(q) for path in (partial(attend_blockwise, block=16), attend))
+    got, want = (
+        jax.jit(lambda q, path=path: path(q, seen))(q) for path in (partial(attend_blockwise, block=16), attend)
+    )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Vendors' kernels: what does not fit is refused by name, and what fits reaches them whole. No accelerator is needed."""
+"""Vendors' kernels: what does not fit is refused by name, and what fits reaches them whole. It takes no accelerator."""
 
 from functools import partial
 

@@ -267,7 +267,11 @@ def test_blockwise_attention_equals_plain_in_value_and_gradient(member, monkeypa
     model, params = member
     segments = jnp.array([[1] * 9 + [2] * 8 + [0] * 3, [1] * 20])
     tokens = jax.random.randint(jax.random.key(2), segments.shape, 3, V)
-    batch = {f"{side}_{name}": x for side in ("encoder", "decoder") for name, x in (("input_tokens", tokens), ("segment_ids", segments))}
+    batch = {
+        f"{side}_{name}": x
+        for side in ("encoder", "decoder")
+        for name, x in (("input_tokens", tokens), ("segment_ids", segments))
+    }
     if not model.config.encoder:
         batch["decoder_causal_attention"] = jnp.array([[1] * 4 + [0] * 5 + [1] * 3 + [0] * 8, [1] * 11 + [0] * 9])
     stacks = {n: dataclasses.replace(s, attention="blockwise") for n, s in model.config.stacks().items()}

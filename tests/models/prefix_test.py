@@ -1,4 +1,4 @@
-"""Prefix language models: a decoder alone whose prefix is read both ways, on every path of attention and from a cache."""
+"""Prefix language models: a decoder alone whose prefix is read both ways, on every path and from a cache."""
 
 import dataclasses
 
@@ -38,7 +38,9 @@ FIRST, SECOND = ([4, 5, 6, 7, 8, 9, 10], 4), ([11, 12, 13, 14, 15], 2)  # tokens
 
 @pytest.fixture(scope="module", params=["plain", "blockwise"])
 def model(request):
-    return Transformer(dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, attention=request.param)))
+    return Transformer(
+        dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, attention=request.param))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,9 @@ def test_gradients_reach_the_whole_prefix_and_no_later_future(model, params):
         return jnp.sum(model(dict(params, embedding=rows), own).hidden[0, t])
 
     rows = params["embedding"][batch["decoder_input_tokens"][0]]
-    seen = {t: np.asarray(jnp.abs(jax.jit(jax.grad(influence), static_argnums=1)(rows, t)).sum(-1) > 0) for t in (0, 5, 8)}
+    seen = {
+        t: np.asarray(jnp.abs(jax.jit(jax.grad(influence), static_argnums=1)(rows, t)).sum(-1) > 0) for t in (0, 5, 8)
+    }
     assert seen[0].tolist() == [True] * 4 + [False] * 8  # in the first prefix: all of it
     assert seen[5].tolist() == [True] * 6 + [False] * 6  # behind it: what came before
     assert seen[8].tolist() == [False] * 7 + [True] * 2 + [False] * 3  # the second example
