@@ -85,8 +85,8 @@ def logits_of(
 
 @jax.custom_vjp
 def _scores(query: Float[Array, "B G Q K"], key: Float[Array, "B G S K"]) -> Float[Array, "B G Q S"]:
-    """q k^T in float32, whose gradient is rounded to the type of the operands before it meets them, as probabilities are
-    before they meet the values: else bfloat16 trains at the speed of float32 products.
+    """q k^T in float32, whose gradient is rounded to the type of the operands before it meets them, as
+    probabilities are before they meet the values: else bfloat16 trains at the speed of float32 products.
     """
     return jnp.einsum("BGQK,BGSK->BGQS", query, key, preferred_element_type=jnp.float32)
 

@@ -43,13 +43,17 @@ def path_of(stack: StackConfig, dtype: str, lengths: Sequence[int] = (), prefix:
 
     Raises ValueError with all that does not fit, and the paths that would.
     """
-
-    def misfits(name: str) -> list[str]:
-        path = PATHS[name]
-        here = [] if prefix is None else path.misfits_here(lengths, prefix)
-        return path.misfits(stack, dtype) + here
-
-    if found := misfits(stack.attention):
-        fitting = ", ".join(repr(name) for name in PATHS if not misfits(name))
+    if found := _misfits(stack.attention, stack, dtype, lengths, prefix):
+        fitting = ", ".join(map(repr, fitting_paths(stack, dtype, lengths, prefix)))
         raise ValueError(f"attention={stack.attention!r} does not fit: {'; '.join(found)}. What fits: {fitting}")
     return PATHS[stack.attention]
+
+
+def fitting_paths(stack: StackConfig, dtype: str, lengths: Sequence[int] = (), prefix: bool | None = None) -> list[str]:
+    """Names of the paths that can do all that the stack asks for; see `path_of`."""
+    return [name for name in PATHS if not _misfits(name, stack, dtype, lengths, prefix)]
+
+
+def _misfits(name: str, stack: StackConfig, dtype: str, lengths: Sequence[int], prefix: bool | None) -> list[str]:
+    here = [] if prefix is None else PATHS[name].misfits_here(lengths, prefix)
+    return PATHS[name].misfits(stack, dtype) + here

@@ -167,3 +167,25 @@ def test_beams_share_a_source_and_queries_begin_anywhere():
         jax.jit(lambda q, path=path: path(q, seen))(q) for path in (partial(attend_blockwise, block=16), attend)
     )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_and_heads_split_over_devices_need_no_more_than_a_sum_of_gradients():
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    segments = jnp.array([[1] * 20 + [2] * 12] * 4)
+    split = jax.NamedSharding(mesh, jax.P("data", "tensor"))
+
+    def loss(q, k, v, table, segments):
+        sight = Sight(
+            shape=(32, 32), causal=True, segments=(segments, segments), position=PositionSpec(), heads=H, table=table
+        )
+        return jnp.sum(attend_blockwise(q, [Seen(k, v, sight)], block=8) ** 2)
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
+    inputs = *(random(4, H, 32, K, seed=i) for i in range(3)), random(H, 32, seed=5), segments
+    places = split, split, split, jax.NamedSharding(mesh, jax.P("tensor")), jax.NamedSharding(mesh, jax.P("data"))
+    spread = [jax.device_put(x, place) for x, place in zip(inputs, places, strict=True)]
+    program = gradients.lower(*spread).compile()
+    assert "all-gather" not in program.as_text()
+    assert "all-to-all" not in program.as_text()
+    for got, want in zip(program(*spread), gradients(*inputs), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
