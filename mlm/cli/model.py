@@ -51,7 +51,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     show.add_argument("--lengths", type=_lengths, metavar="SOURCE,TARGET", help="tokens of a row (default: 512,114)")
     show.add_argument("--dtype", metavar="TYPE", help="of activations: float32 (default) or bfloat16")
     show.add_argument("--remat", metavar="POLICY", help="what is computed again: none (default), minimal, dots, full")
-    show.add_argument("--attention", metavar="PATH", help="how it is computed: plain (default), blockwise, cudnn, splash")
+    show.add_argument(
+        "--attention", metavar="PATH", help="how it is computed: plain (default), blockwise, cudnn, splash"
+    )
     for command in (listing, show):
         command.add_argument("--json", action="store_true", help="machine-readable")
     return parser.parse_args(arguments)
