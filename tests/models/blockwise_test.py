@@ -134,6 +134,9 @@ def test_nothing_of_size_queries_times_keys_is_ever_held(prefix):
         ({"causal": True, "window": 256}, 7),
         ({"causal": True, "window": 258}, 9),  # reaches from token 512 to 255, two blocks back: 7 + 2
         ({"causal": False, "window": 511}, 10),  # 255 to both sides: the diagonal and both neighbours
+        ({"causal": False, "window": 3}, 10),  # one token to both sides is enough to touch them
+        ({"causal": False, "window": 1}, 4),
+        ({"causal": True, "window": 2}, 7),
         ({"causal": True, "prefix": (jnp.ones((1, 1024), bool),) * 2}, 16),
         ({"causal": True, "start": jnp.zeros((), jnp.int32)}, 16),  # known in the run alone
     ],
