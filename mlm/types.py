@@ -12,6 +12,7 @@ Axis letters never change meaning between files:
 A batch is a plain dict of arrays. Text-to-text batches hold the features of `ROW_FEATURES`:
 packed or not, a token belongs to the example whose number stands in `*_segment_ids` (1, 2, …; 0 is padding),
 its place inside that example is `*_positions`, and its language and task are `*_language_ids` and `decoder_task_ids`.
+A batch for prefix language models also has `decoder_causal_attention`: 1 where a token belongs to its example's prefix.
 """
 
 from collections.abc import Callable, Mapping

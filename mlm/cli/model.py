@@ -51,6 +51,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     show.add_argument("--lengths", type=_lengths, metavar="SOURCE,TARGET", help="tokens of a row (default: 512,114)")
     show.add_argument("--dtype", metavar="TYPE", help="of activations: float32 (default) or bfloat16")
     show.add_argument("--remat", metavar="POLICY", help="what is computed again: none (default), minimal, dots, full")
+    show.add_argument(
+        "--attention", metavar="PATH", help="how it is computed: plain (default), blockwise, cudnn, splash"
+    )
     for command in (listing, show):
         command.add_argument("--json", action="store_true", help="machine-readable")
     return parser.parse_args(arguments)
@@ -130,7 +133,7 @@ def _shown(options: argparse.Namespace) -> dict:
     mesh = _mesh_config(options.mesh)
     count = math.prod(mesh.asked().values())
     devices = stand_ins(count) if options.batch else None  # before anything else starts jax with what is there
-    config = preset(options.preset, dtype=options.dtype, remat=options.remat)
+    config = preset(options.preset, dtype=options.dtype, remat=options.remat, attention=options.attention)
     record = _record(options.preset, config, options.lengths)
     memory = _state(config, mesh, count, options)
     if devices:
@@ -193,6 +196,7 @@ def _step(config: Any, mesh: Any, devices: list, options: argparse.Namespace, le
 
 def _print(record: dict) -> None:
     from mlm.models.config import from_json
+    from mlm.models.paths import fitting_paths
 
     config, total = from_json(record["plan"]), record["parameters"]
     parts = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in record["parts"].items()]
@@ -204,6 +208,7 @@ def _print(record: dict) -> None:
         for number, layer in enumerate(stack.group):
             which = "every layer" if len(stack.group) == 1 else f"layers {number}, {number + len(stack.group)}, …"
             _wrapped(f"  {which}: {' → '.join(map(_sublayer, layer.sublayers))}", "    ")
+        print(f"  attention paths: {', '.join(fitting_paths(stack, 'bfloat16'))}")
     sizes = (
         {"encoder": "source", "decoder": "target"} if len(record["lengths"]) == 2 else dict.fromkeys(record["lengths"])
     )

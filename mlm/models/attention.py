@@ -4,7 +4,7 @@ What is looked at comes in pieces (own keys, the encoder's keys, both), so that 
 grouped heads and beams that share a source are one function with other data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 
@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from mlm.models.config import AttentionSpec, NormSpec
 from mlm.models.layers import Norm, cap, dropout, parameter, product, zeros
 from mlm.models.positions import rotate
+from mlm.models.sight import Drawn, Sight
 from mlm.types import Hidden
 
 # Finite, so that a row with nothing to look at (padding) gives a mean instead of NaN.
@@ -25,14 +26,13 @@ MASKED = -1e10
 
 @dataclass(frozen=True)
 class Seen:
-    """Keys and values under one mask. Fewer rows than the queries: each serves the same number of them, in order (beams
-    of one source); fewer heads: likewise.
+    """Keys and values, and how they are seen. Fewer rows than the queries: each serves the same number of them, in
+    order (beams of one source); fewer heads: likewise.
     """
 
     key: Float[Array, "B G S K"]
     value: Float[Array, "B G S K"]
-    mask: Bool[Array, "#R #H #T #S"]
-    bias: Float[Array, "#R H T S"] | None = None
+    sight: Sight | Drawn
 
 
 def attend(
@@ -48,34 +48,60 @@ def attend(
 
     scale None: 1, as T5 folds 1/sqrt(K) into the initial query weights. cap(z) = softcap tanh(z / softcap).
     """
-    logits = jnp.concatenate([_logits(query, piece, scale, softcap) for piece in seen], axis=-1)
+    logits = jnp.concatenate([logits_of(query, piece, scale, softcap) for piece in seen], axis=-1)
     probs = dropout(jax.nn.softmax(logits, axis=-1), rate, dropout_key, broadcast=(2,))
     ends = np.cumsum([piece.key.shape[2] for piece in seen])[:-1]
     parts = zip(jnp.split(probs, ends, axis=-1), seen, strict=True)
-    return reduce(jnp.add, (_mean_values(query, mine, piece) for mine, piece in parts))
+    return reduce(jnp.add, (mean_values(query, mine, piece.value) for mine, piece in parts))
 
 
-def _mean_values(
-    query: Float[Array, "R H T K"], probs: Float[Array, "R H T S"], piece: Seen
+def mean_values(
+    query: Float[Array, "R H T K"],
+    probs: Float[Array, "R H T S"],
+    value: Float[Array, "B G S K"],
+    dtype: jnp.dtype | None = None,
 ) -> Float[Array, "R H T K"]:
-    folded = _fold(probs.astype(piece.value.dtype), piece.value)
-    return _unfold(jnp.einsum("BGQS,BGSK->BGQK", folded, piece.value), query)
+    """sum_s probs value, in the shape of the queries. dtype: of the sum; None: that of the values."""
+    folded = _fold(probs.astype(value.dtype), value)
+    return _unfold(jnp.einsum("BGQS,BGSK->BGQK", folded, value, preferred_element_type=dtype), query)
 
 
-def _logits(
+def logits_of(
     query: Float[Array, "R H T K"], piece: Seen, scale: float | Array | None, softcap: float | None
 ) -> Float[Array, "R H T S"]:
-    logits = jnp.einsum("BGQK,BGSK->BGQS", _fold(query, piece.key), piece.key, preferred_element_type=jnp.float32)
-    logits = _unfold(logits, query)
+    """cap(scale q k^T) + bias in float32; `MASKED` where the piece is not seen."""
+    logits = _unfold(_scores(_fold(query, piece.key), piece.key), query)
     if scale is not None:
         logits = logits * scale
     logits = cap(logits, softcap)
-    if piece.bias is not None:
-        logits = _add_bias(piece.bias.shape[0] == 1, logits, piece.bias)
-    mask = piece.mask
+    drawn = piece.sight.drawn()
+    if drawn.bias is not None:
+        logits = _add_bias(drawn.bias.shape[0] == 1, logits, drawn.bias)
+    mask = drawn.mask
     if mask.shape[0] not in (1, logits.shape[0]):
         mask = jnp.repeat(mask, logits.shape[0] // mask.shape[0], axis=0)
     return jnp.where(mask, logits, MASKED)
+
+
+@jax.custom_vjp
+def _scores(query: Float[Array, "B G Q K"], key: Float[Array, "B G S K"]) -> Float[Array, "B G Q S"]:
+    """q k^T in float32, whose gradient is rounded to the type of the operands before it meets them, as
+    probabilities are before they meet the values: else bfloat16 trains at the speed of float32 products.
+    """
+    return jnp.einsum("BGQK,BGSK->BGQS", query, key, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(query, key):
+    return jnp.einsum("BGQK,BGSK->BGQS", query, key, preferred_element_type=jnp.float32), (query, key)
+
+
+def _scores_backward(saved, g):
+    query, key = saved
+    g = g.astype(query.dtype)
+    return jnp.einsum("BGQS,BGSK->BGQK", g, key), jnp.einsum("BGQS,BGQK->BGSK", g, query)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _fold(x: Float[Array, "R H T X"], keys: Float[Array, "B G S K"]) -> Float[Array, "B G Q X"]:
@@ -115,25 +141,7 @@ def _add_bias_backward(shared, _, g):
 _add_bias.defvjp(lambda shared, logits, bias: (logits + bias, None), _add_bias_backward)
 
 
-def order_mask(
-    queries: Int[Array, "*R T"], keys: Int[Array, "S"], *, causal: bool, window: int | None = None
-) -> Bool[Array, "*R T S"]:
-    """True where order lets a query see a key, by their indices in the row.
-
-    causal: the key stands at or before the query, and after query - window. Otherwise the window w reaches (w-1)//2
-    back and w//2 ahead (T5Gemma 2). Examples of a packed row are contiguous, so indices decide within each.
-    """
-    ahead = keys - queries[..., None]
-    if causal:
-        return (ahead <= 0) & (ahead > -window) if window else ahead <= 0
-    if window is None:
-        return jnp.ones(ahead.shape, bool)
-    return (-ahead < (window + 1) // 2) & (ahead < window // 2 + 1)
-
-
-def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
-    """True where query and key belong to the same example (segment 0, padding, belongs to none)."""
-    return (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] != 0)
+Attend = Callable[..., Float[Array, "R H T K"]]  # takes what `attend` takes, and gives the same numbers
 
 
 class Attention(nnx.Module):
@@ -185,12 +193,17 @@ class Attention(nnx.Module):
         return key, self._project(states, "value")
 
     def attended(
-        self, query: Float[Array, "R H T K"], seen: Sequence[Seen], rate: float, key: Key[Array, ""] | None
+        self,
+        query: Float[Array, "R H T K"],
+        seen: Sequence[Seen],
+        rate: float,
+        key: Key[Array, ""] | None,
+        by: Attend = attend,
     ) -> Float[Array, "R T D"]:
-        """Looks at `seen` and projects back to the model's width."""
+        """Looks at `seen` by a path of attention and projects back to the model's width."""
         spec = self.spec
         scale = self.gain[...] if spec.qk_norm == "l2_scalar" else spec.scale
-        y = attend(query, seen, scale=scale, softcap=spec.softcap, rate=rate, dropout_key=key)
+        y = by(query, seen, scale=scale, softcap=spec.softcap, rate=rate, dropout_key=key)
         flat = jnp.swapaxes(y, 1, 2)
         flat = flat.reshape(*flat.shape[:2], -1)
         y = product(flat, self.out[...].astype(flat.dtype).reshape(flat.shape[-1], -1))

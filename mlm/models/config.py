@@ -10,6 +10,7 @@ from mlm.registry import nearest
 
 ACTIVATIONS = ("geglu", "geglu_erf", "swiglu", "relu", "gelu", "gelu_tanh")  # the first three are gated
 REMAT_POLICIES = ("none", "minimal", "dots", "full")
+ATTENTION_PATHS = ("plain", "blockwise", "cudnn", "splash")
 POSITIONS = ("none", "t5_bucket", "alibi", "rope")
 ABSOLUTE_POSITIONS = ("none", "learned", "sinusoidal")
 SOURCES = ("self", "cross", "joint")
@@ -391,8 +392,10 @@ class StackConfig:
 
     Parameters of the groups are stacked on a leading axis. scan: run the groups by one `lax.scan` (compile time does
     not grow with depth) or unrolled; the numbers are the same. remat: what the backward pass keeps (none: everything;
-    minimal: outputs of weight matmuls; dots: outputs of all matmuls; full: layer inputs only). final_norm: a norm
-    after the last layer (post-norm stacks have none).
+    minimal: outputs of weight matmuls; dots: outputs of all matmuls; full: layer inputs only). attention: how it is
+    computed on whole sequences, never what (plain: all logits at once; blockwise: in memory that grows with the length;
+    cudnn, splash: the kernels of NVIDIA GPUs and of TPUs, which refuse what they cannot do). final_norm: a norm after
+    the last layer (post-norm stacks have none).
     """
 
     group: tuple[LayerSpec, ...]
@@ -405,11 +408,13 @@ class StackConfig:
     final_norm: bool = True
     dropout: float = 0.0
     remat: str = "none"
+    attention: str = "plain"
     scan: bool = True
 
     def __post_init__(self):
         _positive(self, "repeats")
         _choice("StackConfig", "remat", self.remat, REMAT_POLICIES)
+        _choice("StackConfig", "attention", self.attention, ATTENTION_PATHS)
         if not self.group or not all(layer.sublayers for layer in self.group):
             raise ValueError("StackConfig.group needs at least one layer, and every layer at least one sublayer")
         if not 0 <= self.rest < len(self.group):

@@ -50,6 +50,19 @@ def relative_bias(
     return jnp.moveaxis(table[:, bucket], 0, -3)
 
 
+def from_diagonals(values: Float[Array, "*H L"], rows: int) -> Float[Array, "*H {rows} S"]:
+    """The matrix of L - rows + 1 columns whose entry (t, s) is values[s - t + rows - 1]: equal along its diagonals.
+
+    By copies alone, so that its gradient is a sum along diagonals without a scatter: rows of L + 1 values, read as if
+    they had L, begin one further to the right each.
+    """
+    length = values.shape[-1]
+    lead = values.shape[:-1]
+    wide = jnp.pad(values, [(0, 0)] * len(lead) + [(0, 1)])[..., None, :]
+    flat = jnp.broadcast_to(wide, (*lead, rows, length + 1)).reshape(*lead, -1)
+    return flat[..., : rows * length].reshape(*lead, rows, length)[..., rows - 1 :]
+
+
 def alibi_slopes(heads: int) -> np.ndarray:
     """2^(-8 i / h) for i = 1 … h, h a power of two; else those of the power below, then every second one of twice it.
 

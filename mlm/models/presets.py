@@ -501,6 +501,7 @@ def preset(
     dropout: float | None = None,
     remat: str | None = None,
     scan: bool | None = None,
+    attention: str | None = None,
     router: RouterSpec | None = None,
     every: int = 2,
 ) -> ModelConfig:
@@ -511,6 +512,7 @@ def preset(
     """
     config = PRESETS[name]()
     config = config if router is None else sparse(config, router, every=every)
-    stack: dict[str, Any] = {k: v for k, v in (("dropout", dropout), ("remat", remat), ("scan", scan)) if v is not None}
+    execution = {"dropout": dropout, "remat": remat, "scan": scan, "attention": attention}
+    stack: dict[str, Any] = {k: v for k, v in execution.items() if v is not None}
     top: dict[str, Any] = {k: v for k, v in (("vocab_size", vocab_size), ("dtype", dtype)) if v is not None}
     return replace(config, **top | {side: replace(own, **stack) for side, own in config.stacks().items()})

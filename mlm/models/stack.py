@@ -10,20 +10,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.attention import Attention, Seen, order_mask, position_table, segment_mask
+from mlm.models import blockwise
+from mlm.models.attention import Attention, Seen, position_table
 from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, StackConfig
 from mlm.models.experts import MixtureOfExperts
 from mlm.models.functional import Template
 from mlm.models.layers import FeedForward, Norm, Pass, dropout, parameter
-from mlm.models.positions import alibi_bias, relative_bias, segment_positions, sinusoids
+from mlm.models.paths import PATHS, Path, path_of
+from mlm.models.positions import segment_positions, sinusoids
 from mlm.models.routing import Routed, rebalanced
+from mlm.models.sight import Drawn, Sight
 from mlm.types import Hidden, Params, Placement, PyTree, Segments, SourceHidden, SourceSegments
 
 _STATES = ("batch", "length", "embed")  # logical axes of activations between sublayers
+_POLICIES, _ATTENDED = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names(blockwise.SAVED)
 _SAVED = {
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "minimal": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _ATTENDED),
+    "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _ATTENDED),
+    "full": _POLICIES.nothing_saveable,
 }
 
 
@@ -31,33 +35,14 @@ _SAVED = {
 class View:
     """What every layer of one pass looks at, and from where: whole sequences, or a cached block of Q positions.
 
-    queries, keys: indices in the row (or cache slots). positions: places inside the example. shared: the stack's own
-    position table. segments: which keys belong to a query's example (None: all, as in a cache).
+    own: how the stack's states see each other, but for what a kind of attention adds. positions: places inside the
+    example. memory_sight: how they see the encoder's.
     """
 
-    queries: Int[Array, "*R T"]
-    keys: Int[Array, "M"]
+    own: Sight
     positions: Int[Array, "_ T"]
-    causal: bool
-    shared: Float[Array, "H buckets"] | None = None
-    segments: Bool[Array, "B T M"] | None = None
     memory: SourceHidden | None = None
-    memory_mask: Bool[Array, "B 1 _ S"] | None = None
-
-    def mask(self, spec: AttentionSpec) -> Bool[Array, "_ 1 T M"]:
-        mask = order_mask(self.queries, self.keys, causal=self.causal, window=spec.window)
-        mask = mask[None] if mask.ndim == 2 else mask
-        return (mask if self.segments is None else mask & self.segments)[:, None]
-
-    def bias(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None) -> Float[Array, "_ H T M"] | None:
-        kind = spec.position.kind
-        if kind == "t5_bucket":
-            bias = relative_bias(table, self.queries, self.keys, causal=self.causal, spec=spec.position)
-        elif kind == "alibi":
-            bias = alibi_bias(spec.heads, self.queries, self.keys)
-        else:
-            return None
-        return bias[None] if bias.ndim == 3 else bias
+    memory_sight: Sight | None = None
 
 
 class Notes(NamedTuple):
@@ -114,11 +99,11 @@ class Layer(nnx.Module):
                 seen = []
                 if body.spec.reads_itself:
                     k, v = body.keys_values(h, view.positions)
-                    seen.append(Seen(k, v, *looks(body)))
+                    seen.append(Seen(k, v, looks(body)))
                 if body.spec.reads_memory:
                     k, v = body.keys_values(view.memory)
-                    seen.append(Seen(k, v, view.memory_mask))
-                return body.attended(body.queries(h, view.positions), seen, its.rate, inner)
+                    seen.append(Seen(k, v, looks.memory()))
+                return body.attended(body.queries(h, view.positions), seen, its.rate, inner, looks.attend)
 
             x = self._around(x, body, run, partial(dropout, rate=its.rate, key=outer))
             x = its.placement.constrain(x, _STATES)
@@ -143,13 +128,13 @@ class Layer(nnx.Module):
                 if body.spec.reads_itself:
                     k, v = body.keys_values(h, view.positions)
                     own = cache["self"][name]
-                    start = view.queries[:, 0]
+                    start = view.positions[:, 0]
                     written[name] = {"key": _write(own["key"], k, start), "value": _write(own["value"], v, start)}
-                    seen.append(Seen(written[name]["key"], written[name]["value"], *looks(body)))
+                    seen.append(Seen(written[name]["key"], written[name]["value"], looks(body)))
                 if body.spec.reads_memory:
                     cross = cache["cross"][name]
-                    seen.append(Seen(cross["key"], cross["value"], view.memory_mask))
-                return body.attended(body.queries(h, view.positions), seen, 0.0, None)
+                    seen.append(Seen(cross["key"], cross["value"], looks.memory()))
+                return body.attended(body.queries(h, view.positions), seen, 0.0, None, looks.attend)
 
             x = self._around(x, body, run, lambda y: y)
         return x, written
@@ -175,31 +160,56 @@ def _tapped(its: Pass, sublayer: str, taken: dict[str, Array]) -> Pass:
 
 
 class Looks:
-    """Masks and biases of one pass, made once for every kind of attention that the stack holds, outside of its loop."""
+    """Who sees what in one pass, for every kind of attention that the stack holds, and the path that attends by it.
 
-    def __init__(self, view: View, specs: list[AttentionSpec]):
-        self._view = view
+    Where the path reads arrays they are drawn here, once and outside of the loop over layers; only a layer's own table
+    has to wait for its layer.
+    """
+
+    def __init__(self, view: View, specs: list[AttentionSpec], table: Float[Array, "H buckets"] | None, path: Path):
+        self.attend, self._draws = path.attend, path.draws
+        self._view, self._table = view, table
         self._masks, self._biases = {}, {}
+        self._memory: Sight | Drawn | None = view.memory_sight
+        if not self._draws:
+            return
+        if self._memory is not None:
+            self._memory = self._memory.drawn()
         for spec in specs:
             if not spec.reads_itself:
                 continue
             if spec.window not in self._masks:
-                self._masks[spec.window] = view.mask(spec)
+                self._masks[spec.window] = self._sight(spec, table).mask()
             if spec.position.table() != "layer" and (spec.position, spec.heads) not in self._biases:
-                self._biases[spec.position, spec.heads] = view.bias(spec, view.shared)
+                self._biases[spec.position, spec.heads] = self._sight(spec, table).bias()
 
-    def __call__(self, body: Attention) -> tuple[Bool[Array, "_ 1 T M"], Float[Array, "_ H T M"] | None]:
+    def __call__(self, body: Attention) -> Sight | Drawn:
+        """How this attention's queries see the keys of their own stack."""
         spec = body.spec
-        if spec.position.table() == "layer":
-            bias = self._view.bias(spec, body.position[...])
-        else:
-            bias = self._biases[spec.position, spec.heads]
-        return self._masks[spec.window], bias
+        owner = spec.position.table() == "layer"
+        sight = self._sight(spec, body.position[...] if owner else self._table)
+        if not self._draws:
+            return sight
+        return Drawn(self._masks[spec.window], sight.bias() if owner else self._biases[spec.position, spec.heads])
+
+    def memory(self) -> Sight | Drawn:
+        """How the queries see the keys of the encoder."""
+        assert self._memory is not None
+        return self._memory
+
+    def _sight(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None) -> Sight:
+        return replace(self._view.own, window=spec.window, position=spec.position, heads=spec.heads, table=table)
 
 
 def _write(slots: Float[Array, "R G M K"], block: Float[Array, "R G Q K"], start: Int[Array, "R"]) -> Array:
     """Rows of `block` stored at slots start[r], start[r] + 1, …"""
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))(slots, block, start)
+
+
+def _slots_of(flags: Bool[Array, "R Q"], start: Int[Array, "R"], slots: int) -> Bool[Array, "R M"]:
+    """Which slots of a cache hold the flagged positions of a block that is stored from `start` on."""
+    none = jnp.zeros(slots, bool)
+    return jax.vmap(lambda row, at: jax.lax.dynamic_update_slice(none, row, (at,)))(flags, start)
 
 
 class Group(nnx.Module):
@@ -280,24 +290,28 @@ class Stack:
         key: Key[Array, ""] | None,
         its: Pass,
         steering: Float[Array, "n _ _ E"] | None = None,
+        prefix: Bool[Array, "B T"] | None = None,
     ) -> tuple[Hidden, Notes]:
         """Final normed states of whole sequences, from rows of the input table; notes of all layers, by depth.
 
-        key: dropout key, or None for evaluation. steering: added to the router logits of the n mixtures.
+        key: dropout key, or None for evaluation. steering: added to the router logits of the n mixtures. prefix:
+        positions that see each other both ways, where the stack is causal.
         """
         config, frame = self.config, self._bind_frame(params)
-        at = jnp.arange(rows.shape[1])
+        length = rows.shape[1]
+        own = Sight(shape=(length, length), causal=config.causal, segments=(segments, segments))
         view = View(
-            queries=at,
-            keys=at,
+            own=own if prefix is None else replace(own, prefix=(prefix, prefix)),
             positions=segment_positions(segments),
-            causal=config.causal,
-            shared=frame.position[...] if config.shared_table() else None,
-            segments=segment_mask(segments, segments),
             memory=memory,
-            memory_mask=None if memory_segments is None else segment_mask(segments, memory_segments)[:, None],
+            memory_sight=None
+            if memory_segments is None
+            else Sight(shape=(length, memory_segments.shape[1]), segments=(segments, memory_segments)),
         )
-        looks = Looks(view, config.attentions())
+        table = frame.position[...] if config.shared_table() else None
+        lengths = {length, length if memory is None else memory.shape[1]}
+        path = path_of(config, str(rows.dtype), sorted(lengths), prefix is not None)
+        looks = Looks(view, config.attentions(), table, path)
         keys = None if key is None else jax.random.split(key, config.repeats + 2)
         per_group = len(config.routers())
 
@@ -394,22 +408,38 @@ class Stack:
         return tuple(cross), tuple(own)
 
     def step(
-        self, params: Params, rows: Float[Array, "R Q D"], cache: PyTree, placement: Placement
+        self,
+        params: Params,
+        rows: Float[Array, "R Q D"],
+        cache: PyTree,
+        placement: Placement,
+        prefix: Bool[Array, "R Q"] | None = None,
     ) -> tuple[Float[Array, "R Q D"], tuple[PyTree, ...]]:
-        """Final normed states of a block of Q positions per row, and the self slots with the block written."""
+        """Final normed states of a block of Q positions per row, and the self slots with the block written.
+
+        prefix: positions of the block that see each other both ways.
+        """
         config, frame = self.config, self._bind_frame(params)
         slots = jax.tree.leaves(cache["self"])[0].shape[2]
-        at = cache["length"][:, None] + jnp.arange(rows.shape[1])
-        memory_mask = cache.get("source_mask")
+        start, block = cache["length"], rows.shape[1]
+        at = start[:, None] + jnp.arange(block)
+        own = Sight(shape=(block, slots), start=start, causal=config.causal)
+        if prefix is not None:
+            own = replace(own, prefix=(prefix, _slots_of(prefix, start, slots)))
+        source = cache.get("source_mask")
         view = View(
-            queries=at,
-            keys=jnp.arange(slots),
+            own=own,
             positions=at,
-            causal=config.causal,
-            shared=frame.position[...] if config.shared_table() else None,
-            memory_mask=None if memory_mask is None else memory_mask[:, None, None, :],
+            memory_sight=None
+            if source is None
+            else Sight(
+                shape=(block, source.shape[1]),
+                segments=(jnp.ones((1, block), jnp.int32), source.astype(jnp.int32)),
+            ),
         )
-        looks = Looks(view, config.attentions())
+        table = frame.position[...] if config.shared_table() else None
+        # A block against its cache is small: what plain attention makes of it is Q x M.
+        looks = Looks(view, config.attentions(), table, PATHS["plain"])
         its = Pass(real=jnp.ones(rows.shape[:2], bool), placement=placement, cached=True)
         x, written = self.enter(params, rows, at), []
         for layer, own, cross in zip(self.layer_list(params), cache["self"], cache["cross"], strict=True):

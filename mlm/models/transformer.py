@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mlm.models.config import FFNSpec, ModelConfig, NormSpec
 from mlm.models.functional import Template
 from mlm.models.layers import Norm, Pass, cap, parameter, product, zeros
+from mlm.models.paths import path_of
 from mlm.models.routing import Routed
 from mlm.models.stack import Stack
 from mlm.registry import nearest
@@ -27,6 +28,8 @@ from mlm.types import (
     SourceSegments,
     SourceTokens,
 )
+
+_PREFIX = "decoder_causal_attention"
 
 
 class Output(NamedTuple):
@@ -85,6 +88,8 @@ class Transformer:
         self.config = config
         self._placement = placement
         self._dtype = jnp.dtype(config.dtype)
+        for stack in config.stacks().values():
+            path_of(stack, config.dtype)  # refuses what does not fit before anything is traced
         self._ends = Template(partial(Ends, config))
         width = {"encoder": config.memory_width, "decoder": config.d_model}
         self._stacks = {name: Stack(width[name], config.memory_width, stack) for name, stack in config.stacks().items()}
@@ -115,7 +120,9 @@ class Transformer:
     ) -> Output:
         """Final states of a text-to-text batch (`mlm.types.ROW_FEATURES`), packed or not; teacher-forced in a decoder.
 
-        A model of one stack reads only that stack's features. key: dropout key, or None for evaluation. languages:
+        A model of one stack reads only that stack's features. Where a batch has "decoder_causal_attention" [B, T], the
+        decoder's tokens with a 1, the prefix of an example, see each other both ways (prefix LM; T5X's name).
+        key: dropout key, or None for evaluation. languages:
         number of language ids, to count each one's use of experts (0: not counted). taps: names out of `tap_names`;
         each comes back as [layers that have it, …]. steering: stack -> what is added to its router logits, [n, B or 1,
         T or 1, E] for its n mixtures by depth (-inf forbids an expert).
@@ -147,6 +154,7 @@ class Transformer:
                 own_key,
                 its,
                 (steering or {}).get(stack),
+                batch[_PREFIX] > 0 if stack == "decoder" and _PREFIX in batch else None,
             )
             if notes.routed:
                 routed[stack] = notes.routed[0]
@@ -239,15 +247,16 @@ class Transformer:
         return {"length": jnp.zeros(rows, jnp.int32), "self": own, "cross": cross, "source_mask": source_mask}
 
     def step(
-        self, params: Params, tokens: Int[Array, "R Q"], cache: PyTree
+        self, params: Params, tokens: Int[Array, "R Q"], cache: PyTree, prefix: Bool[Array, "R Q"] | None = None
     ) -> tuple[Float[Array, "R Q V"], Float[Array, "R Q D"], PyTree]:
-        """(logits, states, cache) of the next Q tokens of every row, causal inside the block.
+        """(logits, states, cache) of the next Q tokens of every row, causal inside the block, but for the tokens of a
+        prefix, which see each other and so must come in one block.
 
         Their keys stand in slots length, length + 1, …; "length" itself is not advanced, so a caller commits n of the
         Q tokens by adding n to it, and rolls back by not adding. length + Q must not exceed the slots.
         """
         rows = self._rows(params, "decoder", tokens)
-        hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self._placement)
+        hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self._placement, prefix)
         return self.logits(params, hidden), hidden, {**cache, "self": own}
 
     def _rows(self, params: Params, stack: str, tokens: Int[Array, "B T"]) -> Hidden:

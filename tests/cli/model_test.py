@@ -31,7 +31,9 @@ def test_a_preset_says_its_parameters_and_what_a_device_holds(capsys):
 
 
 def test_long_layers_are_wrapped(capsys):
-    assert "layers 1, 3, …" in shown(capsys, "show", "t5gemma_9b_2b")
+    text = shown(capsys, "show", "t5gemma_9b_2b")
+    assert "layers 1, 3, …" in text
+    assert "attention paths: plain, blockwise, splash\n" in text  # cuDNN knows no soft cap
 
 
 def test_the_record_holds_memory_flops_and_plan(capsys):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlm.models.attention import Attention, Seen, attend, order_mask
+from mlm.models.attention import Attention, Seen, attend
 from mlm.models.config import AttentionSpec, NormSpec, PositionSpec
 from mlm.models.positions import rotate
+from mlm.models.sight import Drawn, order_mask, reach
 
-ALL = jnp.ones((1, 1, 1, 1), bool)
+ALL = Drawn(jnp.ones((1, 1, 1, 1), bool))
 
 
 def random(*shape, seed=0):
@@ -29,15 +30,15 @@ def test_joint_attention_golden(source_mask, want):
     own = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[None, None]
     source = jnp.array([[1.0, -1.0], [2.0, 0.0]])[None, None]
     turned = rotate(own, jnp.arange(3)[None], PositionSpec(kind="rope"))
-    causal = order_mask(jnp.arange(3), jnp.arange(3), causal=True)[None, None]
-    seen = [Seen(turned, own, causal), Seen(source, source, jnp.array(source_mask)[None, None, None])]
+    causal = order_mask(jnp.arange(3), jnp.arange(3), reach(causal=True, window=None))[None, None]
+    seen = [Seen(turned, own, Drawn(causal)), Seen(source, source, Drawn(jnp.array(source_mask)[None, None, None]))]
     got = attend(turned, seen, scale=2**-0.5)
     np.testing.assert_allclose(got[0, 0], want, atol=1e-4)
 
 
 def test_joint_without_source_keys_is_self_attention_and_without_own_keys_cross_attention():
     q, k, v, m, n = (random(1, 2, 3, 4, seed=i) for i in range(5))
-    none = ~ALL
+    none = Drawn(~ALL.mask)
     for kept, dropped in (((k, v), (m, n)), ((m, n), (k, v))):
         alone = attend(q, [Seen(*kept, ALL)])
         np.testing.assert_allclose(attend(q, [Seen(*kept, ALL), Seen(*dropped, none)]), alone, rtol=1e-6)
@@ -47,22 +48,22 @@ def test_grouped_heads_equal_repeated_keys():
     q, k, v = random(2, 6, 5, 4), random(2, 3, 7, 4, seed=1), random(2, 3, 7, 4, seed=2)
     mask = random(2, 1, 5, 7, seed=3) > 0
     bias = random(1, 6, 5, 7, seed=4)
-    want = attend(q, [Seen(jnp.repeat(k, 2, 1), jnp.repeat(v, 2, 1), mask, bias)])
-    np.testing.assert_allclose(attend(q, [Seen(k, v, mask, bias)]), want, rtol=1e-5, atol=1e-6)
+    want = attend(q, [Seen(jnp.repeat(k, 2, 1), jnp.repeat(v, 2, 1), Drawn(mask, bias))])
+    np.testing.assert_allclose(attend(q, [Seen(k, v, Drawn(mask, bias))]), want, rtol=1e-5, atol=1e-6)
 
 
 def test_beams_that_share_a_source_equal_copies_of_it():
     q, k, v = random(6, 4, 2, 8), random(2, 2, 5, 8, seed=1), random(2, 2, 5, 8, seed=2)
     mask = jnp.arange(5)[None, None, None] < jnp.array([3, 5])[:, None, None, None]
-    want = attend(q, [Seen(*(jnp.repeat(x, 3, 0) for x in (k, v, mask)))])
-    np.testing.assert_allclose(attend(q, [Seen(k, v, mask)]), want, rtol=1e-5, atol=1e-6)
+    want = attend(q, [Seen(jnp.repeat(k, 3, 0), jnp.repeat(v, 3, 0), Drawn(jnp.repeat(mask, 3, 0)))])
+    np.testing.assert_allclose(attend(q, [Seen(k, v, Drawn(mask))]), want, rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_of_a_shared_bias_sums_over_rows():
     q, k, v = random(3, 2, 4, 8), random(3, 2, 4, 8, seed=1), random(3, 2, 4, 8, seed=2)
 
     def loss(bias):
-        return jnp.sum(attend(q, [Seen(k, v, ALL, bias)]) ** 2)
+        return jnp.sum(attend(q, [Seen(k, v, Drawn(ALL.mask, bias))]) ** 2)
 
     bias = random(1, 2, 4, 4, seed=3)
     each = jax.grad(loss)(jnp.repeat(bias, 3, 0))
@@ -78,9 +79,9 @@ def test_softcap_bounds_logits():
 
 def test_windows():
     at = jnp.arange(6)
-    behind = order_mask(at, at, causal=True, window=2)
+    behind = order_mask(at, at, reach(causal=True, window=2))
     assert behind[3].tolist() == [False, False, True, True, False, False]
-    both = order_mask(at, at, causal=False, window=4)  # one back, two ahead
+    both = order_mask(at, at, reach(causal=False, window=4))  # one back, two ahead
     assert both[2].tolist() == [False, True, True, True, True, False]
     assert both[0].tolist() == [True, True, True, False, False, False]
 

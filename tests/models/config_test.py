@@ -113,9 +113,11 @@ def test_presets_have_the_published_parameter_counts(name):
 
 def test_every_preset_builds_and_survives_json():
     for name in PRESETS:
-        config = preset(name, dropout=0.1, remat="full", scan=False, dtype="bfloat16", vocab_size=1000)
+        config = preset(
+            name, dropout=0.1, remat="full", scan=False, attention="blockwise", dtype="bfloat16", vocab_size=1000
+        )
         assert from_json(to_json(config)) == config
-        assert {stack.dropout for stack in config.stacks().values()} == {0.1}
+        assert {(stack.dropout, stack.attention) for stack in config.stacks().values()} == {(0.1, "blockwise")}
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest():
@@ -149,6 +151,10 @@ ROPE = PositionSpec(kind="rope")
         (lambda: StackConfig(group=(), repeats=1, causal=False), r"needs at least one layer"),
         (lambda: StackConfig(group=(LAYER,), repeats=1, causal=False, dropout=1.0), r"dropout=1.0 must be in \[0, 1\)"),
         (lambda: StackConfig(group=(LAYER,), repeats=1, causal=False, remat="som"), r"remat='som' is not one of"),
+        (
+            lambda: StackConfig(group=(LAYER,), repeats=1, causal=False, attention="block"),
+            r"attention='block' is not one of .*did you mean 'blockwise'",
+        ),
         (
             lambda: StackConfig(group=(LayerSpec(sublayers=(CROSS,)),), repeats=1, causal=True),
             r"holds self-attention, so tokens never meet",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlm.models import blockwise
 from mlm.models.config import (
     AttentionSpec,
     EmbeddingSpec,
@@ -258,6 +259,35 @@ def test_cached_blocks_equal_the_whole(speaker, blocks):
         got.append(logits)
         start += size
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-4)
+
+
+def test_blockwise_attention_equals_plain_in_value_and_gradient(member, monkeypatch):
+    """Two examples and padding in a row of three blocks; a decoder alone also has a prefix."""
+    monkeypatch.setattr(blockwise, "BLOCK", 8)
+    model, params = member
+    segments = jnp.array([[1] * 9 + [2] * 8 + [0] * 3, [1] * 20])
+    tokens = jax.random.randint(jax.random.key(2), segments.shape, 3, V)
+    batch = {
+        f"{side}_{name}": x
+        for side in ("encoder", "decoder")
+        for name, x in (("input_tokens", tokens), ("segment_ids", segments))
+    }
+    if not model.config.encoder:
+        batch["decoder_causal_attention"] = jnp.array([[1] * 4 + [0] * 5 + [1] * 3 + [0] * 8, [1] * 11 + [0] * 9])
+    stacks = {n: dataclasses.replace(s, attention="blockwise") for n, s in model.config.stacks().items()}
+
+    @partial(jax.jit, static_argnums=1)
+    def run(params, model):
+        def loss(params):
+            logits = jnp.where(segments[..., None] > 0, logits_of(model, params, batch), 0)
+            return jnp.mean(jnp.square(logits))
+
+        return jax.value_and_grad(loss)(params)
+
+    blocks = Transformer(dataclasses.replace(model.config, **stacks))
+    want, got = run(params, model), run(params, blocks)
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want[1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * scale), got, want)
 
 
 def test_the_future_and_padding_are_not_seen(speaker):

@@ -101,6 +101,20 @@ def test_scan_and_remat_do_not_change_loss_or_gradients(params, change):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, want)
 
 
+@pytest.mark.parametrize("attention", ["plain", "blockwise"])
+def test_every_remat_policy_computes_more_again_than_the_one_before(params, attention):
+    """FLOPs of a gradient: a policy that keeps nothing of what it promises would cost as much as "full"."""
+
+    def flops(remat):
+        stacks = {n: dataclasses.replace(s, remat=remat, attention=attention) for n, s in SMALL.stacks().items()}
+        model = Transformer(dataclasses.replace(SMALL, **stacks))
+        gradient = jax.grad(lambda params: jnp.sum(model(params, batch_of(ROWS)).hidden))
+        return jax.jit(gradient).lower(params).compile().cost_analysis()["flops"]
+
+    none, minimal, full = map(flops, ("none", "minimal", "full"))
+    assert none < minimal < full
+
+
 def test_packed_rows_equal_unpacked_ones(params):
     """Two examples in one row, segments 1 and 2, give each the logits it has alone."""
     model = Transformer(SMALL)
