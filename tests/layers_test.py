@@ -52,7 +52,10 @@ PACKAGES = {
     "optax": ({"training", "adaptation"}, set()),
     "orbax": ({"checkpoints"}, set()),
     "etils": ({"checkpoints"}, set()),  # paths that may be gs://
+    "tensorstore": ({"checkpoints", "interop"}, set()),
     "safetensors": ({"interop"}, set()),
+    "ml_dtypes": ({"interop"}, set()),
+    "msgpack": ({"interop"}, set()),
     "torch": (set(), {"interop"}),
     "transformers": (set(), {"interop"}),
     "tensorflow": ({"data"}, set()),

@@ -17,6 +17,7 @@ from mlm.models.stack import Stack
 from mlm.registry import nearest
 from mlm.types import (
     ONE_DEVICE,
+    PAD_ID,
     Batch,
     Hidden,
     Logits,
@@ -252,5 +253,7 @@ class Transformer:
 
     def _rows(self, params: Params, stack: str, tokens: Int[Array, "B T"]) -> Hidden:
         """Rows of the stack's input table."""
+        if stack == "decoder" and self.config.start_token:
+            tokens = jnp.where(tokens == PAD_ID, self.config.start_token, tokens)
         own = f"{stack}_embedding"
         return params[own if own in params else "embedding"].astype(self._dtype)[tokens]
