@@ -60,7 +60,7 @@ def _to_hf(flags: argparse.Namespace, source: Path, target: Path) -> None:
         )
         from mlm.data.published import give_vocabulary
 
-        give_vocabulary(directory.path, folder, family.name)
+        give_vocabulary(directory.path, folder)
     _done(target, family.name, config, f"{len(pieces)} tensors in {files} file{'s' * (files > 1)}")
 
 
