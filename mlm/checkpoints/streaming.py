@@ -18,7 +18,7 @@ from mlm.checkpoints.errors import CheckpointError, CorruptCheckpoint, read_reas
 from mlm.checkpoints.versions import versions
 from mlm.registry import nearest
 
-PENDING_BYTES = 1 << 25
+PENDING_BYTES = 1 << 24
 Index = tuple[int | slice, ...]
 
 

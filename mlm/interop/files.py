@@ -20,7 +20,7 @@ SHARD_BYTES = 1 << 31  # of the files written; a larger tensor has one to itself
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-KEPT_OPEN = 8 * BLOCK_BYTES  # bytes read before a file is opened anew: what was read of it stays mapped until then
+KEPT_OPEN = 2 * BLOCK_BYTES  # bytes read before a file is opened anew: what was read of it stays mapped until then
 
 
 class TensorFolder:

@@ -151,7 +151,7 @@ def describe(config: ModelConfig, family: str | None = None) -> tuple[Family, di
     for candidate in [FAMILIES[family]] if family else FAMILIES.values():
         try:
             content = candidate.write(config)
-            names = frozenset(piece.name for piece in plan(config, candidate.rules(config)))
+            names = frozenset({t5.HEAD} if config.head.kind == "linear" else ())
             again = candidate.read(Keys({**content, "model_type": candidate.name}, "config.json"), names)
         except (ValueError, LookupError, AttributeError, TypeError, IndexError) as error:
             lines = [str(error)]

@@ -21,7 +21,7 @@ from mlm.models.config import ModelConfig
 from mlm.models.transformer import Transformer
 from mlm.trees import named_leaves
 
-BLOCK_BYTES = 1 << 24  # what is read, turned and written at a time
+BLOCK_BYTES = 1 << 23  # what is read, turned and written at a time
 
 
 class ConversionError(ValueError):

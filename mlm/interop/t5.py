@@ -137,7 +137,7 @@ def _family(name: str) -> Family:
         read=read,
         write=write,
         rules=rules,
-        copies={f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
+        copies=dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", HEAD), "shared.weight"),
         # A leftover of old files: cross-attention never had a table.
         ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     )
