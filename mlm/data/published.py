@@ -231,6 +231,7 @@ def _to_json(vocabulary: SentencePieceVocabulary) -> dict[str, Any]:
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
     steps: list[dict[str, Any]] = [{"type": "Precompiled", "precompiled_charsmap": charsmap}] if charsmap else []
+    steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
     steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if proto.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE:
         ids = {piece.piece: i for i, piece in enumerate(pieces)}
