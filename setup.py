@@ -17,7 +17,6 @@ REQUIRES = [
     "jaxtyping>=0.3.5,<0.4",
     "matplotlib>=3.9,<4",
     "ml_dtypes>=0.5,<1",
-    "msgpack>=1.1,<2",
     "numpy>=2.0,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",

@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> None:
     source = Path(flags.source).expanduser()
     if not source.is_dir():
         raise UsageError(f"{flags.source} is no folder")
-    {"from-hf": _from_hf, "to-hf": _to_hf}[flags.command](flags, source, Path(flags.target))
+    {"from-hf": _from_hf, "to-hf": _to_hf, "from-t5x": _from_t5x}[flags.command](flags, source, Path(flags.target))
 
 
 def _from_hf(flags: argparse.Namespace, source: Path, target: Path) -> None:
@@ -28,9 +28,31 @@ def _from_hf(flags: argparse.Namespace, source: Path, target: Path) -> None:
 
         published = open_published(source)
     with new_folder(target) as folder:
-        _run_files(flags, source, folder, published.config, published.content, published.record(), published.family.ids)
+        _run_files(
+            flags, source, folder, published.config, published.content, published.record(), published.family.ids.first
+        )
         import_params(published, folder / "checkpoints", _bar("tensors", published.pieces))
     _done(target, published.family.name, published.config, f"from {len(published.tensors.shapes)} tensors of {source}")
+
+
+def _from_t5x(flags: argparse.Namespace, source: Path, target: Path) -> None:
+    if not flags.vocabulary:
+        raise UsageError(
+            "a T5X checkpoint comes without its vocabulary: give the SentencePiece model with --vocabulary FILE (and "
+            "--sentinels 100 for T5's), or 'bytes' for ByT5"
+        )
+    with screen.working(f"checking {source}"):
+        from mlm.interop.huggingface import write_pieces
+        from mlm.interop.runs import new_folder
+        from mlm.interop.t5x import open_t5x
+
+        found = open_t5x(source)
+    with new_folder(target) as folder:
+        _run_files(flags, source, folder, found.config, {}, {"t5x_step": found.step}, ())
+        bar = _bar("arrays", found.pieces)
+        write_pieces(found.pieces, found.config, found.arrays.read, folder / "checkpoints", bar)
+    step = "" if found.step is None else f" of step {found.step:,}"
+    _done(target, "T5X", found.config, f"from {len(found.arrays.shapes)} arrays{step} in {source}")
 
 
 def _to_hf(flags: argparse.Namespace, source: Path, target: Path) -> None:
@@ -71,7 +93,7 @@ def _run_files(
     config: Any,
     content: Mapping[str, Any],
     record: dict[str, Any],
-    ids: Any,
+    first_ids: tuple[int, ...],
 ) -> None:
     from mlm.data.published import keep_files, take_vocabulary
     from mlm.data.vocabulary import load_vocabulary
@@ -83,7 +105,7 @@ def _run_files(
         given.save(file)
         vocabulary = load_vocabulary(file)
     else:
-        vocabulary = take_vocabulary(source, folder, content, ids.first)
+        vocabulary = take_vocabulary(source, folder, content, first_ids)
         keep_files(source, folder / "tokenizer")
     if vocabulary.vocab_size > config.vocab_size:
         raise ValueError(
@@ -123,11 +145,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     from_hf = commands.add_parser("from-hf", help="config.json, safetensors and tokenizer -> a run directory")
     to_hf = commands.add_parser("to-hf", help="a run directory -> config.json, safetensors and tokenizer")
-    for command, source, target in ((from_hf, "DIR", "RUN"), (to_hf, "RUN", "DIR")):
+    from_t5x = commands.add_parser("from-t5x", help="a checkpoint of T5X -> a run directory")
+    for command, source, target in ((from_hf, "DIR", "RUN"), (to_hf, "RUN", "DIR"), (from_t5x, "DIR", "RUN")):
         command.add_argument("source", metavar=source)
         command.add_argument("target", metavar=target, help="a folder that does not exist yet")
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
-    for command in (from_hf,):
+    for command in (from_hf, from_t5x):
         command.add_argument(
             "--vocabulary", metavar="FILE", help="instead of the tokenizer found there; 'bytes' for ByT5"
         )

@@ -62,8 +62,8 @@ def take_vocabulary(folder: Path, target: Path, config: Mapping[str, Any], first
     shifted = bool(first) and first[0] != 0  # fairseq's ids are not those of its SentencePiece file
     if model is None and not whole.is_file():
         raise FileNotFoundError(
-            f"no tokenizer in {folder}: neither tokenizer.json nor one of {', '.join(SENTENCEPIECE)}; give a vocabulary "
-            f"with --vocabulary FILE. The folder holds: {', '.join(sorted(p.name for p in folder.iterdir()))[:500]}"
+            f"no tokenizer in {folder}: neither tokenizer.json nor one of {', '.join(SENTENCEPIECE)}; give one with "
+            f"--vocabulary FILE. The folder holds: {', '.join(sorted(p.name for p in folder.iterdir()))[:500]}"
         )
     path = target / "vocabulary.model"
     if model is None or (shifted and whole.is_file()):
@@ -100,7 +100,12 @@ def give_vocabulary(run: Path, folder: Path) -> None:
         settings["tokenizer_class"] = "ByT5Tokenizer"
     else:
         # Not T5Tokenizer, which makes its own of the pieces, without their bytes.
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        settings |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        }
         vocabulary.save(folder / "spiece.model")
         (folder / "tokenizer.json").write_text(json.dumps(_to_json(vocabulary), ensure_ascii=False))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
@@ -125,8 +130,8 @@ def _from_json(path: Path, first: Sequence[int]) -> Any:
         unknown = model["vocab"][model["unk_token"]]
     else:
         raise ValueError(
-            f"{path}: a tokenizer of type {model.get('type')!r}; only Unigram and BPE, as SentencePiece makes them, can "
-            "be converted"
+            f"{path}: a tokenizer of type {model.get('type')!r}; only Unigram and BPE, as SentencePiece makes them, "
+            "can be converted"
         )
     trainer.byte_fallback = bool(model.get("byte_fallback"))
     if trainer.byte_fallback:
@@ -156,7 +161,7 @@ def _parts(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if not step:
         return []
     inner = step.get("normalizers") or step.get("pretokenizers")
-    return [part for item in inner for part in _parts(item)] if step["type"] == "Sequence" else [step]
+    return [part for item in inner or () for part in _parts(item)] if step["type"] == "Sequence" else [step]
 
 
 def _apply(part: Mapping[str, Any], normalizer: Any, path: Path) -> None:

@@ -47,7 +47,7 @@ def read(keys: Keys, tensors: frozenset[str]) -> ModelConfig:
         head=HeadSpec(kind=kind, multiply=d_model**-0.5 if scaled else 1.0),
         start_token=keys.get("decoder_start_token_id", 0),
     )
-    return _adjusted(
+    return adjusted(
         config,
         eps=keys.get("layer_norm_epsilon", 1e-6),
         buckets=keys.get("relative_attention_num_buckets", 32),
@@ -55,7 +55,7 @@ def read(keys: Keys, tensors: frozenset[str]) -> ModelConfig:
     )
 
 
-def _adjusted(config: ModelConfig, *, eps: float, buckets: int, max_distance: int) -> ModelConfig:
+def adjusted(config: ModelConfig, *, eps: float, buckets: int, max_distance: int) -> ModelConfig:
     """The same with other norms and distance buckets."""
 
     def sublayer(spec):

@@ -65,7 +65,10 @@ def load_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def test_a_run_that_was_trained_here_goes_out(tiny_run, tmp_path):
-    for flags, dtype in (([], "float32"), (["--dtype", "bfloat16", "--family", "mt5", "--parameters", "ema"], "bfloat16")):
+    for flags, dtype in (
+        ([], "float32"),
+        (["--dtype", "bfloat16", "--family", "mt5", "--parameters", "ema"], "bfloat16"),
+    ):
         target = tmp_path / dtype
         assert main(["convert", "to-hf", str(tiny_run), str(target), *flags]) == 0
         assert json.loads((target / "config.json").read_text())["dtype"] == dtype
@@ -76,7 +79,9 @@ def test_a_run_that_was_trained_here_goes_out(tiny_run, tmp_path):
     flags = ["--vocabulary", str(tiny_run / "vocabulary.json"), "--inputs_length", "48"]
     assert main(["convert", "from-hf", str(tmp_path / "float32"), str(again), *flags]) == 0
     ours, theirs = (mlm.load(path, parameters="params").params for path in (tiny_run, again))
-    np.testing.assert_array_equal(ours["decoder"]["layers"]["0"]["ffn"]["gate"], theirs["decoder"]["layers"]["0"]["ffn"]["gate"])
+    np.testing.assert_array_equal(
+        ours["decoder"]["layers"]["0"]["ffn"]["gate"], theirs["decoder"]["layers"]["0"]["ffn"]["gate"]
+    )
     assert mlm.load(again).data["inputs_length"] == 48
 
 

@@ -84,7 +84,9 @@ def test_fairseq_is_shifted_and_its_languages_are_ours(folder, dictionary):
 def test_a_vocabulary_of_ours_goes_out_and_comes_back(folder, kind):
     """As tokenizer.json, with its specials, its scores or merges, and its bytes for what it does not know."""
     run = folder.parent / "run"
-    ours = train_vocabulary(LINES, run / "vocabulary.model", 512, model_type=kind, languages=["fr", "sw"], sentinels=100)
+    ours = train_vocabulary(
+        LINES, run / "vocabulary.model", 512, model_type=kind, languages=["fr", "sw"], sentinels=100
+    )
     (run / "data.json").write_text(json.dumps({"vocabulary": "vocabulary.model"}))
     give_vocabulary(run, folder)
     (folder / "spiece.model").unlink()
@@ -117,5 +119,5 @@ def test_other_tokenizers_are_refused(folder, content, message):
 
 def test_a_folder_without_a_tokenizer_says_what_it_holds(folder):
     (folder / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="--vocabulary FILE. The folder holds: config.json"):
+    with pytest.raises(FileNotFoundError, match=r"--vocabulary FILE. The folder holds: config.json"):
         take_vocabulary(folder, folder.parent / "run", {})

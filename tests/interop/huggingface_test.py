@@ -56,7 +56,7 @@ def edit_tensors(folder: Path, change) -> None:
 )
 def test_another_config_is_refused(folder, changes, message):
     edit_config(folder, **changes)
-    with pytest.raises(ConversionError, match=f"(?s){message}"):
+    with pytest.raises(ConversionError, match=rf"(?s){message}"):
         open_published(folder)
 
 
@@ -73,7 +73,7 @@ def test_another_config_is_refused(folder, changes, message):
 )
 def test_other_tensors_are_refused(folder, change, message):
     edit_tensors(folder, change)
-    with pytest.raises(ConversionError, match=f"(?s){message}"):
+    with pytest.raises(ConversionError, match=rf"(?s){message}"):
         open_published(folder)
 
 
@@ -81,23 +81,23 @@ def test_damaged_and_dangerous_files_are_refused(folder):
     whole = (folder / "model.safetensors").read_bytes()
     for cut in (0, 5, 100, len(whole) - 1):
         (folder / "model.safetensors").write_bytes(whole[:cut])
-        with pytest.raises(ConversionError, match="no whole safetensors file.*truncated"):
+        with pytest.raises(ConversionError, match=r"no whole safetensors file.*truncated"):
             open_published(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ConversionError, match="holds neither model.safetensors nor"):
+    with pytest.raises(ConversionError, match=r"holds neither model.safetensors nor"):
         open_published(folder)
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
-    with pytest.raises(ConversionError, match="pytorch_model.bin.*can run any code"):
+    with pytest.raises(ConversionError, match=r"pytorch_model.bin.*can run any code"):
         open_published(folder)
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ConversionError, match="2 of 2 files.*are missing"):
+    with pytest.raises(ConversionError, match=r"2 of 2 files.*are missing"):
         open_published(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ConversionError, match="is not JSON"):
+    with pytest.raises(ConversionError, match=r"is not JSON"):
         open_published(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ConversionError, match="no config.json in"):
+    with pytest.raises(ConversionError, match=r"no config.json in"):
         open_published(folder)
 
 
@@ -154,11 +154,11 @@ def test_every_preset_of_a_family_is_said_and_read_back():
 def test_a_model_of_no_family_says_what_no_family_says():
     config = preset("tiny")
     odd = replace(config, encoder=replace(config.encoder, residual=ResidualSpec(order="sandwich")))
-    with pytest.raises(ConversionError, match="(?s)cannot say: encoder.residual.order: 'sandwich', not 'pre'"):
+    with pytest.raises(ConversionError, match=r"(?s)cannot say: encoder.residual.order: 'sandwich', not 'pre'"):
         describe(odd)
-    with pytest.raises(KeyError, match="did you mean 'umt5'"):
+    with pytest.raises(KeyError, match=r"did you mean 'umt5'"):
         describe(config, "umt6")
-    with pytest.raises(ConversionError, match="umt5 cannot say"):
+    with pytest.raises(ConversionError, match=r"umt5 cannot say"):
         describe(config, "umt5")
 
 
@@ -180,7 +180,7 @@ def test_blocks_cover_a_tensor_once_whatever_their_size(monkeypatch):
 
 
 def test_patterns_with_other_letters_are_refused():
-    with pytest.raises(ValueError, match="other letters on its two sides"):
+    with pytest.raises(ValueError, match=r"other letters on its two sides"):
         Axes.parse("(h k) d -> d h")
 
 
@@ -192,7 +192,7 @@ def test_old_words_of_rotary_positions_are_understood():
     old |= {"sliding_window_pattern": 6}
     read = FAMILIES["gemma3_text"].read
     assert read(Keys(old, "old"), frozenset()) == read(Keys(gemma, "new"), frozenset())
-    with pytest.raises(ConversionError, match="only 'default' and 'linear'"):
+    with pytest.raises(ConversionError, match=r"only 'default' and 'linear'"):
         read(Keys({**old, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "old"), frozenset())
 
 
@@ -201,5 +201,5 @@ def test_a_folder_without_tensors_of_a_shard_names_it_twice(tmp_path):
         save_file({"a": np.zeros(1, np.float32)}, tmp_path / f"model-{number}.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ConversionError, match="a stands in model-1.safetensors and in model-2.safetensors"):
+    with pytest.raises(ConversionError, match=r"a stands in model-1.safetensors and in model-2.safetensors"):
         TensorFolder(tmp_path)
