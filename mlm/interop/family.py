@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlm.interop.rules import ConversionError, Rule
-from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, ModelConfig, StackConfig
+from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, ModelConfig, RouterSpec, StackConfig
 from mlm.registry import nearest
 
 # Keys of any config.json that say nothing about the mathematics of a trained model, or whose values here are fixed by
@@ -144,10 +144,21 @@ def mathematics(config: ModelConfig) -> ModelConfig:
     def plain(stack):
         embedding = dataclasses.replace(stack.embedding, gradient=1.0)
         residual = dataclasses.replace(stack.residual, gain=1.0)
+        group = tuple(LayerSpec(sublayers=tuple(map(_plain_routes, layer.sublayers))) for layer in stack.group)
+        stack = dataclasses.replace(stack, group=group)
         return dataclasses.replace(stack, dropout=0.0, remat="none", scan=True, embedding=embedding, residual=residual)
 
     stacks = {name: plain(stack) for name, stack in config.stacks().items()}
     return dataclasses.replace(config, dtype="float32", **stacks)
+
+
+def _plain_routes(spec: AttentionSpec | FFNSpec) -> AttentionSpec | FFNSpec:
+    """A mixture without what is done to train it, and as if every token found room: gates are then of the chosen."""
+    if not isinstance(spec, FFNSpec) or spec.router is None or spec.router.kind != "top_k":
+        return spec
+    kept = ("experts", "k", "bias_rate", "shared", "budget", "output_masking")
+    gates = "raw" if spec.router.gates == "raw" else "chosen"
+    return dataclasses.replace(spec, router=RouterSpec(gates=gates, **{n: getattr(spec.router, n) for n in kept}))
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

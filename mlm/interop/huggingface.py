@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlm.checkpoints.streaming import Layout, StoredParams, write_params
-from mlm.interop import fairseq, gemma, t5
+from mlm.interop import fairseq, gemma, mixtures, t5
 from mlm.interop.family import Family, Keys, differences, mathematics
 from mlm.interop.files import DTYPES, SHARD_BYTES, TensorFolder, read_json, write_tensors
 from mlm.interop.rules import Block, ConversionError, Piece, by_leaf, plan, shapes
@@ -18,7 +18,7 @@ from mlm.models.config import ModelConfig, to_json
 from mlm.registry import Registry, nearest
 
 FAMILIES: Registry[Family] = Registry("Hugging Face model_type")
-for _family in (*t5.FAMILIES, *fairseq.FAMILIES, *gemma.FAMILIES):
+for _family in (*t5.FAMILIES, *fairseq.FAMILIES, *gemma.FAMILIES, *mixtures.FAMILIES):
     FAMILIES[_family.name] = _family
 Progress = Callable[[Iterator[Block]], Iterator[Block]]  # e.g. a bar around the blocks
 

@@ -56,12 +56,49 @@ def _t5gemma2():
     return transformers.T5Gemma2ForConditionalGeneration(config)
 
 
+def _switch():
+    own = {k: v for k, v in T5.items() if k not in ("num_layers", "num_decoder_layers")}
+    sparse = {"num_layers": 5, "num_sparse_encoder_layers": 2, "num_decoder_layers": 3, "num_sparse_decoder_layers": 3}
+    config = transformers.SwitchTransformersConfig(**own, **sparse, num_experts=5, decoder_start_token_id=0)
+    return transformers.SwitchTransformersForConditionalGeneration(config)
+
+
+class _Mixture(torch.nn.Module):
+    """NLLB-MoE's layer as release 4.57 has it: 5.23 takes the mask of the first choices for their numbers."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.router, self.experts = layer.router, layer.experts
+
+    def forward(self, states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        flat = states.reshape(-1, states.shape[-1])
+        _, gates, _ = self.router(flat, padding_mask)
+        count = self.experts.num_experts
+        parts = [self.experts[f"expert_{i}"](flat) * gates[:, i : i + 1] for i in range(count)]
+        return (sum(parts) * (1 - self.experts.moe_token_dropout)).reshape(states.shape)
+
+
+def mend_mixtures(model: Any) -> Any:
+    for stack in (model.model.encoder, model.model.decoder):
+        for layer in stack.layers:
+            if layer.is_sparse:
+                layer.ffn = _Mixture(layer.ffn)
+    return model
+
+
+def _nllb_moe():
+    sparse = {"num_experts": 5, "encoder_sparse_step": 2, "decoder_sparse_step": 2}
+    return mend_mixtures(transformers.NllbMoeForConditionalGeneration(transformers.NllbMoeConfig(**FAIRSEQ, **sparse)))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "t5": lambda: _t5(**T5, decoder_start_token_id=0),
     "t5_1_1": lambda: _t5(**GATED),
     "umt5": _umt5,
     "m2m_100": lambda: transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**FAIRSEQ)),
     "mbart": lambda: transformers.MBartForConditionalGeneration(transformers.MBartConfig(**FAIRSEQ)),
+    "switch_transformers": _switch,
+    "nllb_moe": _nllb_moe,
     "t5gemma": _t5gemma,
     "gemma3_text": lambda: transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(**GEMMA, num_hidden_layers=7, rope_parameters=STRETCHED)

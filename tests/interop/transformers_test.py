@@ -36,7 +36,7 @@ def test_what_we_write_is_read_and_generates_the_same(name, tmp_path):
     import torch
     import transformers
 
-    from tests.interop.make_goldens import greedy
+    from tests.interop.make_goldens import greedy, mend_mixtures
 
     golden = recipe.load(recipe.GOLDENS / f"{name}.npz")
     published = open_published(recipe.write_folder(tmp_path / "hf", golden.config, golden.shapes))
@@ -61,6 +61,8 @@ def test_what_we_write_is_read_and_generates_the_same(name, tmp_path):
     read = torch.arange(recipe.SOURCE) < torch.tensor(golden.lengths)[:, None]
     if name == "t5gemma":
         _narrow(model)
+    if name == "nllb_moe":
+        mend_mixtures(model)
     with torch.no_grad():
         if name == "gemma3_text":
             logits = model(input_ids=given, attention_mask=told.long()).logits
