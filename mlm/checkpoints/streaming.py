@@ -54,14 +54,13 @@ def write_params(
         sums = dict.fromkeys(names, 0)
         store: Any = None
         current = ""
-        pending = _Pending()
-        for leaf, index, block in blocks:
-            name = f"params/{leaf}"
-            if name != current:
-                store, current = _create(state, name, names[name]), name
-            sums[name] += _sum(block, index, names[name].shape)
-            pending.add(store[index].write(block), block.nbytes)
-        pending.wait()
+        with _Pending() as pending:
+            for leaf, index, block in blocks:
+                name = f"params/{leaf}"
+                if name != current:
+                    store, current = _create(state, name, names[name]), name
+                sums[name] += _sum(block, index, names[name].shape)
+                pending.add(store[index].write(block), block.nbytes)
         (state / "_METADATA").write_text(json.dumps(_orbax_metadata(names)))
         record = {
             "step": step,
@@ -133,6 +132,12 @@ class _Pending:
 
     def __init__(self):
         self._writes, self._bytes = [], 0
+
+    def __enter__(self) -> "_Pending":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
 
     def add(self, write: Any, size: int) -> None:
         self._writes.append(write)

@@ -40,7 +40,8 @@ class Published:
     def record(self) -> dict[str, Any]:
         """What an export of the run needs to know."""
         kept = {k: v for k, v in self.content.items() if _KEPT.fullmatch(k) and v is not None}
-        return {"family": self.family.name, "dtype": min(self.tensors.dtypes), "config": kept}
+        dtype = "bfloat16" if self.tensors.dtypes == {"bfloat16"} else "float32"
+        return {"family": self.family.name, "dtype": dtype, "config": kept}
 
 
 def open_published(folder: Path) -> Published:
