@@ -128,7 +128,7 @@ class Transformer:
         routed: dict[str, Routed] = {}
         taken: dict[str, Array] = {}
 
-        def run(stack: str, memory: SourceHidden | None, own_key: Key[Array, ""] | None) -> Hidden:
+        def run(stack: str, memory: Float[Array, "B S _"] | None, own_key: Key[Array, ""] | None) -> Hidden:
             tokens, own = batch[f"{stack}_input_tokens"], batch[f"{stack}_segment_ids"]
             prefix = f"{stack}/"
             its = Pass(
