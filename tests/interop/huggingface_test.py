@@ -208,3 +208,15 @@ def test_a_folder_without_tensors_of_a_shard_names_it_twice(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConversionError, match=r"a stands in model-1.safetensors and in model-2.safetensors"):
         TensorFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "special"),
+    [("t5", (0, 1, 2)), ("mbart", (1, 2, 3)), ("nllb-moe", (1, 2, 3)), ("t5gemma", (0, 1, 3)), ("t5gemma2", (0, 1, 3))],
+)
+def test_padding_end_and_unknown_become_0_1_2(family, special):
+    """special: their ids in the published vocabularies; nothing else collides with them."""
+    ids = FAMILIES[family].ids
+    assert [ids.ours(i) for i in special] == [0, 1, 2]
+    assert [ids.theirs(ids.ours(i)) for i in range(10)] == list(range(10))
+    assert sorted(ids.ours(i) for i in range(10)) == list(range(10))
