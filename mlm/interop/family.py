@@ -149,7 +149,8 @@ def mathematics(config: ModelConfig) -> ModelConfig:
         return dataclasses.replace(stack, dropout=0.0, remat="none", scan=True, embedding=embedding, residual=residual)
 
     stacks = {name: plain(stack) for name, stack in config.stacks().items()}
-    return dataclasses.replace(config, dtype="float32", **stacks)
+    width = None if config.encoder_width == config.d_model else config.encoder_width
+    return dataclasses.replace(config, dtype="float32", encoder_width=width, **stacks)
 
 
 def _plain_routes(spec: AttentionSpec | FFNSpec) -> AttentionSpec | FFNSpec:

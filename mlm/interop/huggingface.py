@@ -148,23 +148,23 @@ def export_params(
 def describe(config: ModelConfig, family: str | None = None) -> tuple[Family, dict[str, Any]]:
     """(family, config.json) of a config. Raises ConversionError when no family has this mathematics."""
     wanted = mathematics(config)
-    nearest_lines: list[str] = []
+    best: tuple[bool, int, list[str]] | None = None
     for candidate in [FAMILIES[family]] if family else FAMILIES.values():
         try:
             content = candidate.write(config)
             names = frozenset({t5.HEAD} if config.head.kind == "linear" else ())
             again = candidate.read(Keys({**content, "model_type": candidate.name}, "config.json"), names)
         except (ValueError, LookupError, AttributeError, TypeError, IndexError) as error:
-            lines = [str(error)]
+            failed, lines = True, [str(error)]
         else:
-            lines = differences(to_json(wanted), to_json(mathematics(again)))
+            failed, lines = False, differences(to_json(wanted), to_json(mathematics(again)))
             if not lines:
                 return candidate, content
-        if not nearest_lines or len(lines) < len(nearest_lines):
-            nearest_lines = [f"{candidate.name} cannot say: {line}" for line in lines]
+        if best is None or (failed, len(lines)) < best[:2]:
+            best = (failed, len(lines), [f"{candidate.name} cannot say: {line}" for line in lines])
     raise ConversionError(
         f"{family or 'no Hugging Face family that is known here'} has this model's mathematics:\n  "
-        + "\n  ".join(nearest_lines[:8])
+        + "\n  ".join(best[2][:8] if best else ())
         + f"\nknown: {', '.join(FAMILIES)}"
     )
 

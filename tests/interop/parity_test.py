@@ -77,11 +77,13 @@ def test_states_logits_and_loss_equal_pytorch(converted):
     errors = {"logits": relative(logits[told][:, converted.order()], golden.logits[told])}
     if converted.config.encoder:
         errors["encoded"] = relative(np.asarray(output.encoded)[read], golden.encoded[read])
+    hidden, kernel, bias = model.head(converted.params, output.hidden)
     total, _ = head_cross_entropy(
-        output.hidden,
-        model.head(converted.params),
+        hidden,
+        kernel,
         batch["decoder_target_tokens"],
         jnp.asarray(told, jnp.float32),
+        bias=bias,
         z_loss=0.0,
         softcap=converted.config.head.softcap,
     )
