@@ -19,19 +19,23 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-.PHONY: help run test test-slow venv lint types bench clean
+.PHONY: help run test test-slow parity venv lint types bench clean
 
 help:
-	@echo "make run | test | test-slow | venv | lint | types | bench | clean; ARGS=... is passed on"
+	@echo "make run | test | test-slow | parity | venv | lint | types | bench | clean; ARGS=... is passed on"
 
 run: $(VENV)/.mlm
 	$(BIN)/mlm train --gin_file=$(GIN) $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not parity" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Conversions against PyTorch and transformers themselves, which the [parity] extra brings.
+parity: $(VENV)/.parity
+	$(BIN)/python -m pytest -m parity $(ARGS)
 
 venv: $(VENV)/.dev
 

@@ -16,16 +16,19 @@ REQUIRES = [
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3.5,<0.4",
     "matplotlib>=3.9,<4",
+    "ml_dtypes>=0.5,<1",
     "numpy>=2.0,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "regex>=2024.11",
     "rich>=14,<16",
     "sacrebleu>=2.4,<3",
+    "safetensors>=0.8,<1",
     # 0.2.3 is generated for protobuf 7 and does not import beside apache-beam, which holds protobuf at 6.
     "sentencepiece>=0.2,<0.2.3",
     "seqio>=0.0.20,<0.1",
     "tensorboardX>=2.6.2,<3",
+    "tensorstore>=0.1.76,<0.2",
     # seqio needs tensorflow-text, which needs `tensorflow` by that name: the smaller tensorflow-cpu would come second.
     "tensorflow>=2.21,<2.22",
     "tensorflow-datasets>=4.9.10,<5",
@@ -47,7 +50,6 @@ EXTRAS = {
     "cache": ["apache-beam>=2.77,<3"],
     "parity": [
         "ctranslate2>=4.8,<5",
-        "safetensors>=0.5,<1",
         "torch==2.13.*",
         "transformers>=5.20,<6",
     ],

@@ -83,13 +83,22 @@ def _sum_all(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: _weighted_sum(jnp, leaf) for name, leaf in flat.items()}
 
 
-def _weighted_sum(xp, array):
-    """Σ (2·i + 1)·word_i modulo 2^32, with NumPy or JAX."""
+def block_sum(block: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """What a block of an array of `shape`, its first element at `start`, adds to the sum of the array, modulo 2^32."""
+    return int(_weighted_sum(np, block, start, shape))
+
+
+def _weighted_sum(xp, array, start=None, shape=None):
+    """Σ (2·i + 1)·word_i modulo 2^32, with NumPy or JAX; of a block at `start` of an array of `shape`, i being that
+    array's.
+    """
     words = _words(xp, array)
+    whole = words.shape if shape is None else (*shape, *words.shape[len(shape) :])
     index = xp.zeros((), xp.uint32)
     for axis, size in enumerate(words.shape):
-        stride = math.prod(words.shape[axis + 1 :]) % 2**32
-        place = xp.arange(size, dtype=xp.uint32) * xp.uint32(stride)
+        stride = math.prod(whole[axis + 1 :]) % 2**32
+        first = 0 if start is None or axis >= len(start) else start[axis]
+        place = (xp.arange(size, dtype=xp.uint32) + xp.uint32(first)) * xp.uint32(stride)
         index = index + place.reshape((1,) * axis + (size,) + (1,) * (words.ndim - axis - 1))
     return xp.sum(words * (index * xp.uint32(2) + xp.uint32(1)), dtype=xp.uint32)
 

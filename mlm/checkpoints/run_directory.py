@@ -5,6 +5,7 @@ data.json        mixture, lengths, languages         vocabulary.*     the vocabu
 versions.json    packages and platform               mesh.json        devices and axes
 parameters.txt   path, shape, axes, count            metrics.jsonl    a line per logged step
 checkpoints/     see checkpointer.py                 tensorboard/     the same metrics as events
+published.json   of a converted run: its origin      tokenizer/       and its tokenizer files as published
 """
 
 import json

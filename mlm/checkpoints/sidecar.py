@@ -35,18 +35,11 @@ class SidecarHandler(ocp.handlers.AsyncCheckpointHandler):
         if jax.process_index() == 0:
             sums = {name: int(np.asarray(value)) for name, value in args.sums.items()}
             leaves = {name: [*shape_and_type, sums[name]] for name, shape_and_type in args.leaves.items()}
-            record = {**args.record, "leaves": leaves}
-            (directory / "record.json").write_text(json.dumps(_encode(record), indent=1))
+            write_record(directory, {**args.record, "leaves": leaves})
 
     def finalize(self, directory: epath.Path) -> None:
         """Runs in process 0, after every process has written everything and the arrays are in place."""
-        listed: dict[str, list[int]] = {}
-        for path in sorted(directory.iterdir()):
-            content = path.read_bytes()
-            listed[f"{RUN}/{path.name}"] = [len(content), zlib.crc32(content)]
-        for name, path in _files(directory.parent / STATE, STATE):
-            listed[name] = [path.stat().length]
-        (directory / "files.json").write_text(json.dumps(listed, indent=1))
+        write_files(directory)
 
     def save(self, directory: epath.Path, args: "SidecarSave") -> None:
         raise NotImplementedError("the record is written asynchronously")
@@ -70,6 +63,22 @@ class SidecarSave(ocp.args.CheckpointArgs):
 @dataclass
 class SidecarRestore(ocp.args.CheckpointArgs):
     """Reads the record."""
+
+
+def write_record(directory: epath.Path, record: Mapping[str, Any]) -> None:
+    """directory: the run/ of a checkpoint that is being written."""
+    (directory / "record.json").write_text(json.dumps(_encode(record), indent=1))
+
+
+def write_files(directory: epath.Path) -> None:
+    """files.json of a checkpoint whose other files are all written."""
+    listed: dict[str, list[int]] = {}
+    for path in sorted(directory.iterdir()):
+        content = path.read_bytes()
+        listed[f"{RUN}/{path.name}"] = [len(content), zlib.crc32(content)]
+    for name, path in _files(directory.parent / STATE, STATE):
+        listed[name] = [path.stat().length]
+    (directory / "files.json").write_text(json.dumps(listed, indent=1))
 
 
 def check_files(step_directory: epath.Path) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "tasks": ("tasks", "list registered tasks, or look at the examples of one"),
     "mixture": ("mixture", "show how often each language of a mixture is seen"),
     "vocab": ("vocab", "train a vocabulary on a mixture, or look at one"),
+    "convert": ("convert", "published checkpoints to run directories, and back"),
     "model": ("model", "list the model presets, or look at one"),
 }
 

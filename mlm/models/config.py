@@ -507,6 +507,7 @@ class ModelConfig:
     """An encoder-decoder, a decoder alone (encoder None) or an encoder alone (decoder None).
 
     encoder_width: the encoder's width where it is not d_model. share_embedding: one input table for both stacks.
+    start_token: whose row the decoder reads for id 0, its first input (fairseq begins with the end of sequence).
     dtype: the type of activations and matrix products ("bfloat16" on accelerators); parameters are float32 masters,
     and norms, softmax and loss are computed in float32 in any case.
     """
@@ -518,11 +519,14 @@ class ModelConfig:
     encoder_width: int | None = None
     share_embedding: bool = True
     head: HeadSpec = HeadSpec()
+    start_token: int = 0
     dtype: str = "float32"
 
     def __post_init__(self):
         _positive(self, "vocab_size", "d_model", "encoder_width")
         _choice("ModelConfig", "dtype", self.dtype, DTYPES)
+        if not 0 <= self.start_token < self.vocab_size:
+            raise ValueError(f"ModelConfig.start_token={self.start_token} is no id of the {self.vocab_size}")
         encoder, decoder = self.encoder, self.decoder
         if encoder is None and decoder is None:
             raise ValueError("a model needs an encoder, a decoder, or both; found neither")

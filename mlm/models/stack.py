@@ -285,7 +285,7 @@ class Stack:
         params: Params,
         rows: Hidden,
         segments: Segments,
-        memory: SourceHidden | None,
+        memory: Float[Array, "B S _"] | None,
         memory_segments: SourceSegments | None,
         key: Key[Array, ""] | None,
         its: Pass,

@@ -18,6 +18,7 @@ from mlm.models.stack import Stack
 from mlm.registry import nearest
 from mlm.types import (
     ONE_DEVICE,
+    PAD_ID,
     Batch,
     Hidden,
     Logits,
@@ -134,7 +135,7 @@ class Transformer:
         routed: dict[str, Routed] = {}
         taken: dict[str, Array] = {}
 
-        def run(stack: str, memory: SourceHidden | None, own_key: Key[Array, ""] | None) -> Hidden:
+        def run(stack: str, memory: Float[Array, "B S _"] | None, own_key: Key[Array, ""] | None) -> Hidden:
             tokens, own = batch[f"{stack}_input_tokens"], batch[f"{stack}_segment_ids"]
             prefix = f"{stack}/"
             its = Pass(
@@ -261,5 +262,7 @@ class Transformer:
 
     def _rows(self, params: Params, stack: str, tokens: Int[Array, "B T"]) -> Hidden:
         """Rows of the stack's input table."""
+        if stack == "decoder" and self.config.start_token:
+            tokens = jnp.where(tokens == PAD_ID, self.config.start_token, tokens)
         own = f"{stack}_embedding"
         return params[own if own in params else "embedding"].astype(self._dtype)[tokens]

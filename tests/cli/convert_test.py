@@ -1,0 +1,131 @@
+"""`mlm convert`: a published folder becomes a run that generates, and goes back; a failure leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import mlm
+from mlm.cli.main import main
+from mlm.data.vocabulary import load_vocabulary
+from tests.interop import recipe
+
+GOLDEN = recipe.load(recipe.GOLDENS / "t5_1_1.npz")
+SIZE = 384  # ByT5's
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A tiny ByT5: its tokenizer is a class and no file."""
+    shapes = {n: (SIZE, *s[1:]) if n in ("shared.weight", "lm_head.weight") else s for n, s in GOLDEN.shapes.items()}
+    config = {**GOLDEN.config, "vocab_size": SIZE, "tokenizer_class": "ByT5Tokenizer"}
+    return recipe.write_folder(tmp_path_factory.mktemp("published") / "byt5", config, shapes)
+
+
+@pytest.fixture(scope="module")
+def run(published, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("runs") / "byt5"
+    assert main(["convert", "from-hf", str(published), str(target)]) == 0
+    return target
+
+
+def test_a_converted_run_is_a_run(run, published, capsys):
+    assert main(["generate", "The <extra_id_0> sat", "--run_dir", str(run), "--max_length", "8"]) == 0
+    session = mlm.load(run)
+    assert capsys.readouterr().out == session.generate("The <extra_id_0> sat", max_length=8)[0] + "\n"
+    assert session.vocabulary.vocab_size == session.config.vocab_size == SIZE
+    assert session.vocabulary.sentinel_ids[0] == SIZE - 1
+    tensors = load_file(published / "model.safetensors")
+    np.testing.assert_array_equal(session.params["embedding"], tensors["shared.weight"])
+    assert session.score([("a", "b")]).shape == (1,)
+    assert f"converted from {published}" in repr(session)
+
+
+def test_it_goes_back_bit_for_bit_and_says_so(run, published, tmp_path, capsys):
+    target = tmp_path / "back"
+    assert main(["convert", "to-hf", str(run), str(target)]) == 0
+    said = capsys.readouterr().out
+    count = sum(int(np.prod(shape)) for shape in load_shapes(published).values())
+    assert said == f"{target}: t5, {count:,} parameters, {len(GOLDEN.shapes)} tensors in 1 file\n"
+    before, after = (load_file(folder / "model.safetensors") for folder in (published, target))
+    assert set(before) == set(after)
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values)
+    config = json.loads((target / "config.json").read_text())
+    assert (config["model_type"], config["tokenizer_class"]) == ("t5", "ByT5Tokenizer")
+    again = tmp_path / "again"
+    assert main(["convert", "from-hf", str(target), str(again)]) == 0
+    assert (again / "model.json").read_text() == (run / "model.json").read_text()
+
+
+def load_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {name: values.shape for name, values in load_file(folder / "model.safetensors").items()}
+
+
+def test_a_run_that_was_trained_here_goes_out(tiny_run, tmp_path):
+    for flags, dtype in (
+        ([], "float32"),
+        (["--dtype", "bfloat16", "--family", "mt5", "--parameters", "ema"], "bfloat16"),
+    ):
+        target = tmp_path / dtype
+        assert main(["convert", "to-hf", str(tiny_run), str(target), *flags]) == 0
+        assert json.loads((target / "config.json").read_text())["dtype"] == dtype
+        settings = json.loads((target / "tokenizer_config.json").read_text())
+        vocabulary = load_vocabulary(tiny_run / "vocabulary.json")
+        assert settings["additional_special_tokens"] == list(vocabulary.specials)
+    again = tmp_path / "again"
+    flags = ["--vocabulary", str(tiny_run / "vocabulary.json"), "--inputs_length", "48"]
+    assert main(["convert", "from-hf", str(tmp_path / "float32"), str(again), *flags]) == 0
+    ours, theirs = (mlm.load(path, parameters="params").params for path in (tiny_run, again))
+    np.testing.assert_array_equal(
+        ours["decoder"]["layers"]["0"]["ffn"]["gate"], theirs["decoder"]["layers"]["0"]["ffn"]["gate"]
+    )
+    assert mlm.load(again).data["inputs_length"] == 48
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (["from-hf", "{nowhere}", "{target}"], 2, "is no folder"),
+        (["from-hf", "{published}", "{run}"], 1, "exists and is not empty"),
+        (["from-hf", "{run}", "{target}"], 1, "no config.json in"),
+        (["from-hf", "{published}", "{target}", "--vocabulary", "quickstart"], 1, "more ids than the model's table"),
+        (["to-hf", "{published}", "{target}"], 1, "is not the directory of a run"),
+        (["to-hf", "{run}", "{target}", "--family", "umt5"], 1, "umt5 cannot say"),
+        (["to-hf", "{run}", "{target}", "--family", "t5_gemma"], 2, "did you mean 't5gemma'"),
+        (["to-hf", "{run}", "{target}", "--step", "3"], 1, "complete checkpoints: 0"),
+        (["to-hf", "{run}", "{target}", "--parameters", "ema"], 1, "holds no 'ema'"),
+    ],
+)
+def test_errors_take_one_line_and_leave_nothing(published, run, tmp_path, capsys, command, code, message):
+    places = {"nowhere": tmp_path / "nowhere", "target": tmp_path / "target", "published": published, "run": run}
+    assert main(["convert", *(part.format(**places) for part in command)]) == code
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_tokenizer_says_what_to_do(published, tmp_path, capsys):
+    config = json.loads((published / "config.json").read_text())
+    config.pop("tokenizer_class")
+    folder = recipe.write_folder(tmp_path / "bare", config, load_shapes(published))
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "run")]) == 1
+    assert "no tokenizer in" in (error := capsys.readouterr().err)
+    assert "--vocabulary FILE" in error
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "run"), "--vocabulary", "bytes"]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"bare", "run"}
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    largest = max((p for p in (copy / "checkpoints/0/state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert main(["convert", "to-hf", str(copy), str(tmp_path / "out")]) == 1
+    assert "mlm convert:" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
