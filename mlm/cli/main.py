@@ -25,6 +25,7 @@ COMMANDS = {
     "mixture": ("mixture", "show how often each language of a mixture is seen"),
     "vocab": ("vocab", "train a vocabulary on a mixture, or look at one"),
     "convert": ("convert", "published checkpoints to run directories, and back"),
+    "experts": ("experts", "a sparse run from a dense one, fewer experts, and who uses which"),
     "model": ("model", "list the model presets, or look at one"),
 }
 

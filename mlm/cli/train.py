@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     for change in resolved.changes:
         screen.say(f"set {change}")
     try:
-        plan = _plan()
+        plan = configured()
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(configuration.explain(error)) from error
     return pretrain(plan, resolved.text, dry_run=options.dry_run)
@@ -73,7 +73,8 @@ class Plan:
     """A whole training run as values. gin name: `run`.
 
     optimizer: (parameter axes, shapes) -> optimizer; schedule: step -> learning rate. evaluation_rows: held-out rows
-    of every evaluation. report: write report.html when complete, and let the exit code say whether it passed.
+    of every evaluation. initial: a run directory whose parameters this run begins with. report: write report.html when
+    complete, and let the exit code say whether it passed.
     """
 
     model: Any
@@ -88,6 +89,7 @@ class Plan:
     evaluation_split: str = "validation"
     evaluation_rows: int = 256
     task_modules: tuple[str, ...] = ()
+    initial: str | None = None
     report: bool = False
 
 
@@ -119,7 +121,8 @@ def bind_all() -> None:
         configuration.bind(name, target)
 
 
-def _plan() -> Plan:
+def configured() -> Plan:
+    """The run that the resolved gin configuration describes."""
     import gin
 
     plan = gin.get_configurable("run")()
@@ -182,7 +185,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         if start < plan.train.steps:
             screen.say(f"resuming {directory.path} at step {start}")
     else:
-        state, extra = trainer.init(), {}
+        state, extra = _initial(plan, trainer, rows.vocabulary), {}
     if jax.process_index() == 0:
         _describe_run(plan, directory, trainer, rows, config_text, start)
 
@@ -219,6 +222,39 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         checkpointer.close()
         screen.say(f"{directory.path} is complete: {start} of {plan.train.steps} steps")
     return _report(plan, directory, plan.train.steps)
+
+
+def _initial(plan: Plan, trainer: Any, vocabulary: Any) -> Any:
+    """The state before the first step, with the parameters of the run `initial` where one is named.
+
+    Raises UsageError when that run's model computes something else, or its vocabulary is another.
+    """
+    state = trainer.init()
+    if plan.initial is None:
+        return state
+    import jax
+    import jax.numpy as jnp
+
+    from mlm.checkpoints import Checkpointer, CheckpointError
+    from mlm.checkpoints.run_directory import RunDirectory
+    from mlm.data.vocabulary import check_same_vocabulary
+    from mlm.interop.family import differences, mathematics
+    from mlm.models.config import from_json, to_json
+
+    try:
+        source = RunDirectory(plan.initial)
+        theirs, data = from_json(source.read_json("model.json")), source.read_json("data.json")
+        lines = differences(to_json(mathematics(plan.model)), to_json(mathematics(theirs)))
+        if lines:
+            raise ValueError(f"run.initial={plan.initial!r} holds another model:\n  " + "\n  ".join(lines[:8]))
+        check_same_vocabulary(data["vocabulary_digest"], vocabulary, plan.initial, "this run")
+        checkpointer = Checkpointer(str(source.checkpoints), read_only=True)
+        restored = checkpointer.restore_params(None, trainer.abstract.params)
+    except (ValueError, CheckpointError) as error:
+        raise UsageError(str(error)) from error
+    screen.say(f"beginning with the parameters of {plan.initial}, step {restored.step}")
+    mean = None if state.ema is None else jax.tree.map(jnp.copy, restored.state)
+    return dataclasses.replace(state, params=restored.state, ema=mean)
 
 
 def _restore(checkpointer: Any, abstract: Any) -> Any:

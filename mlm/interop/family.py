@@ -139,14 +139,16 @@ def feed_forward(layer: LayerSpec) -> FFNSpec:
 
 
 def mathematics(config: ModelConfig) -> ModelConfig:
-    """The config without what changes only how it runs: types, dropout, remat, scan, gradient scale."""
+    """The config without what changes only how it runs: types, dropout, remat, scan, attention path, gradient scale."""
 
     def plain(stack):
         embedding = dataclasses.replace(stack.embedding, gradient=1.0)
         residual = dataclasses.replace(stack.residual, gain=1.0)
         group = tuple(LayerSpec(sublayers=tuple(map(_plain_routes, layer.sublayers))) for layer in stack.group)
         stack = dataclasses.replace(stack, group=group)
-        return dataclasses.replace(stack, dropout=0.0, remat="none", scan=True, embedding=embedding, residual=residual)
+        return dataclasses.replace(
+            stack, dropout=0.0, remat="none", scan=True, attention="plain", embedding=embedding, residual=residual
+        )
 
     stacks = {name: plain(stack) for name, stack in config.stacks().items()}
     width = None if config.encoder_width == config.d_model else config.encoder_width
