@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.config import AttentionSpec, NormSpec
 from mlm.models.layers import Norm, cap, dropout, parameter, product, zeros
 from mlm.models.positions import rotate
+from mlm.models.specs import AttentionSpec, NormSpec
 from mlm.types import Hidden
 
 # Finite, so that a row with nothing to look at (padding) gives a mean instead of NaN.

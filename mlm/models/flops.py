@@ -1,6 +1,7 @@
 """Model FLOPs of one training step: what the mathematics needs, not what the hardware happens to do (no remat)."""
 
-from mlm.models.config import AttentionSpec, FFNSpec, ModelConfig, StackConfig
+from mlm.models.config import ModelConfig, StackConfig
+from mlm.models.specs import AttentionSpec, FFNSpec
 
 
 def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> float:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.config import FFNSpec, NormSpec
+from mlm.models.specs import FFNSpec, NormSpec
 from mlm.types import ONE_DEVICE, Axes, Hidden, Placement
 
 

@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from mlm.models.config import (
+from mlm.models.config import HeadSpec, ModelConfig, StackConfig
+from mlm.models.specs import (
     AttentionSpec,
     EmbeddingSpec,
     FFNSpec,
-    HeadSpec,
     LayerSpec,
-    ModelConfig,
     NormSpec,
     PositionSpec,
     ResidualSpec,
     RouterSpec,
-    StackConfig,
 )
 from mlm.registry import Registry
 

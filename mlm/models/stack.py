@@ -11,12 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mlm.models.attention import Attention, Seen, order_mask, position_table, segment_mask
-from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, StackConfig
+from mlm.models.config import StackConfig
 from mlm.models.experts import MixtureOfExperts
 from mlm.models.functional import Template
 from mlm.models.layers import FeedForward, Norm, Pass, dropout, parameter
 from mlm.models.positions import alibi_bias, relative_bias, segment_positions, sinusoids
 from mlm.models.routing import Routed, rebalanced
+from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec
 from mlm.types import Hidden, Params, Placement, PyTree, Segments, SourceHidden, SourceSegments
 
 _STATES = ("batch", "length", "embed")  # logical axes of activations between sublayers

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.config import FFNSpec, ModelConfig, NormSpec
+from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
 from mlm.models.layers import Norm, Pass, cap, parameter, product, zeros
 from mlm.models.routing import Routed
+from mlm.models.specs import FFNSpec, NormSpec
 from mlm.models.stack import Stack
 from mlm.registry import nearest
 from mlm.types import (

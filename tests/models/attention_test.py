@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from mlm.models.attention import Attention, Seen, attend, order_mask
-from mlm.models.config import AttentionSpec, NormSpec, PositionSpec
 from mlm.models.positions import rotate
+from mlm.models.specs import AttentionSpec, NormSpec, PositionSpec
 
 ALL = jnp.ones((1, 1, 1, 1), bool)
 

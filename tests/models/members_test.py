@@ -8,18 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models.config import (
-    AttentionSpec,
-    EmbeddingSpec,
-    FFNSpec,
-    LayerSpec,
-    PositionSpec,
-    RouterSpec,
-    StackConfig,
-    deep_norm,
-)
+from mlm.models.config import StackConfig
 from mlm.models.positions import rotate
 from mlm.models.presets import bert_style, fairseq_style, gemma_3, glm_style, llama_style, sparse, t5_style, t5gemma
+from mlm.models.specs import AttentionSpec, EmbeddingSpec, FFNSpec, LayerSpec, PositionSpec, RouterSpec, deep_norm
 from mlm.models.transformer import Transformer
 from mlm.objectives import head_cross_entropy, token_cross_entropy
 from tests.models import rows
