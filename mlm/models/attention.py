@@ -167,7 +167,8 @@ class Attention(nnx.Module):
             self.value_bias = zeros((groups, size), axes[1:])
             self.out_bias = zeros((d_model,), ("embed",))
         if spec.qk_norm == "rms":
-            self.query_norm, self.key_norm = (Norm(size, replace(norm, kind="rms"), ("head_dim",)) for _ in range(2))
+            head_norm = replace(norm, kind="rms", languages=None)
+            self.query_norm, self.key_norm = (Norm(size, head_norm, ("head_dim",)) for _ in range(2))
         elif spec.qk_norm == "l2_scalar":
             self.gain = nnx.Param(jnp.asarray(spec.qk_gain, jnp.float32), axes=())
         if spec.position.table() == "layer":

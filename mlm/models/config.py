@@ -22,6 +22,7 @@ from mlm.registry import nearest
 
 REMAT_POLICIES = ("none", "minimal", "dots", "full")
 HEADS = ("linear", "tied")
+OFFSETS = ("language", "script")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -124,7 +125,8 @@ class HeadSpec:
     `multiply`, and logits bounded by softcap * tanh(logits / softcap).
 
     mlm_transform: the states first pass LayerNorm(gelu(x W + b)), as in BERT and XLM-R. bias: a number per token is
-    added to the products.
+    added to the products. offsets: vectors of the "language", or of its "script", that are added to the last states
+    (LangSAMP).
     """
 
     kind: str = "linear"
@@ -132,9 +134,12 @@ class HeadSpec:
     softcap: float | None = None
     mlm_transform: bool = False
     bias: bool = False
+    offsets: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_choice("HeadSpec", "kind", self.kind, HEADS)
+        for offset in self.offsets:
+            check_choice("HeadSpec", "offsets", offset, OFFSETS)
         check_above_zero(self, "multiply", "softcap")
 
 
@@ -143,6 +148,9 @@ class ModelConfig:
     """An encoder-decoder, a decoder alone (encoder None) or an encoder alone (decoder None).
 
     encoder_width: the encoder's width where it is not d_model. share_embedding: one input table for both stacks.
+    languages: number of language ids, 0 for none included, where something is kept for every target language: norms
+    (`NormSpec.languages`), the head's offsets, or the bridge, a matrix between encoder and decoder (LALT). scripts: the
+    number of each language's script. `presets.language_aware` sets them together.
     dtype: the type of activations and matrix products ("bfloat16" on accelerators); parameters are float32 masters,
     and norms, softmax and loss are computed in float32 in any case.
     """
@@ -154,10 +162,13 @@ class ModelConfig:
     encoder_width: int | None = None
     share_embedding: bool = True
     head: HeadSpec = HeadSpec()
+    languages: int | None = None
+    scripts: tuple[int, ...] = ()
+    bridge: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
-        check_positive(self, "vocab_size", "d_model", "encoder_width")
+        check_positive(self, "vocab_size", "d_model", "encoder_width", "languages")
         check_choice("ModelConfig", "dtype", self.dtype, DTYPES)
         encoder, decoder = self.encoder, self.decoder
         if encoder is None and decoder is None:
@@ -184,6 +195,24 @@ class ModelConfig:
                     f"joint attention reads encoder and decoder with the same matrices: encoder_width="
                     f"{self.encoder_width} must be d_model={self.d_model}"
                 )
+        self._check_languages()
+
+    def _check_languages(self) -> None:
+        norms = {stack.norm.languages for stack in self.stacks().values()}
+        aware = [f"norm.languages={n}" for n in norms if n is not None]
+        aware += [f"head.offsets={self.head.offsets}"] * bool(self.head.offsets) + ["bridge=True"] * self.bridge
+        if (self.languages is not None) != bool(aware) or not norms <= {None, self.languages}:
+            raise ValueError(
+                f"languages={self.languages} is the number of language ids of all that is kept by target language; "
+                f"found {', '.join(aware) or 'nothing that is'}: set both, to the same number"
+            )
+        if self.bridge and not (self.encoder and self.decoder):
+            raise ValueError("bridge=True stands between an encoder and a decoder, and this model is one of them alone")
+        if len(self.scripts) != (self.languages if "script" in self.head.offsets else 0) or min((0, *self.scripts)) < 0:
+            raise ValueError(
+                f"scripts={self.scripts} must number the script of every language, from 0, for an offset by 'script', "
+                f"and be () without one; there are languages={self.languages} and head.offsets={self.head.offsets}"
+            )
 
     @property
     def memory_width(self) -> int:

@@ -81,15 +81,18 @@ NO_POSITION = PositionSpec(kind="none")
 class NormSpec:
     """rms: scale * x / sqrt(mean(x^2) + eps); offset_one: (1 + scale) with scale 0 at first (Gemma).
 
-    layer: scale * (x - mean) / sqrt(var + eps) + bias.
+    layer: scale * (x - mean) / sqrt(var + eps) + bias. languages: a scale and a bias for each of that many target
+    languages, in encoder and decoder (LALN; Zhang et al. 2020).
     """
 
     kind: str = "rms"
     offset_one: bool = False
     eps: float = 1e-6
+    languages: int | None = None
 
     def __post_init__(self):
         check_choice("NormSpec", "kind", self.kind, NORMS)
+        check_positive(self, "languages")
         check_above_zero(self, "eps")
         if self.offset_one and self.kind != "rms":
             raise ValueError(f"NormSpec: offset_one=True belongs to kind='rms', not {self.kind!r}")

@@ -121,7 +121,7 @@ class Layer(nnx.Module):
                     seen.append(Seen(k, v, view.memory_mask))
                 return body.attended(body.queries(h, view.positions), seen, its.rate, inner)
 
-            x = self._around(x, body, run, partial(dropout, rate=its.rate, key=outer))
+            x = self._around(x, body, run, partial(dropout, rate=its.rate, key=outer), its)
             x = its.placement.constrain(x, _STATES)
         if "hidden" in its.taps:
             notes.taps["hidden"] = x
@@ -152,17 +152,17 @@ class Layer(nnx.Module):
                     seen.append(Seen(cross["key"], cross["value"], view.memory_mask))
                 return body.attended(body.queries(h, view.positions), seen, 0.0, None)
 
-            x = self._around(x, body, run, lambda y: y)
+            x = self._around(x, body, run, lambda y: y, its)
         return x, written
 
     def _around(
-        self, x: Hidden, body: Any, run: Callable[[Hidden], Hidden], drop: Callable[[Hidden], Hidden]
+        self, x: Hidden, body: Any, run: Callable[[Hidden], Hidden], drop: Callable[[Hidden], Hidden], its: Pass
     ) -> Hidden:
-        order, alpha = self.residual.order, self.residual.alpha
+        order, alpha, to = self.residual.order, self.residual.alpha, its.target_languages
         if order == "post":
-            return body.norm(alpha * x + drop(run(x)))
-        y = run(body.norm(x))
-        return x + drop(body.post_norm(y) if order == "sandwich" else y)
+            return body.norm(alpha * x + drop(run(x)), to)
+        y = run(body.norm(x, to))
+        return x + drop(body.post_norm(y, to) if order == "sandwich" else y)
 
 
 def _tapped(its: Pass, sublayer: str, taken: dict[str, Array]) -> Pass:
@@ -257,7 +257,7 @@ class Stack:
     def _bind_frame(self, params: Params) -> Any:
         return self._frame.bind({name: p for name, p in params.items() if name not in ("layers", "rest")})
 
-    def enter(self, params: Params, rows: Hidden, positions: Int[Array, "#B T"]) -> Hidden:
+    def enter(self, params: Params, rows: Hidden, positions: Int[Array, "#B T"], its: Pass) -> Hidden:
         """Rows of the input table as the first layer reads them."""
         spec, frame = self.config.embedding, self._bind_frame(params)
         x = rows if spec.gradient == 1.0 else spec.gradient * rows + (1 - spec.gradient) * jax.lax.stop_gradient(rows)
@@ -269,7 +269,7 @@ class Stack:
             x = x + sinusoids(positions + spec.offset, x.shape[-1]).astype(x.dtype)
         if spec.token_type:
             x = x + frame.token_type[...].astype(x.dtype)
-        return frame.embedding_norm(x) if spec.norm else x
+        return frame.embedding_norm(x, its.target_languages) if spec.norm else x
 
     def forward(
         self,
@@ -323,7 +323,7 @@ class Stack:
         if config.remat != "none":
             run_group = jax.checkpoint(run_group, policy=_SAVED[config.remat], prevent_cse=not config.scan)
             run_rest = jax.checkpoint(run_rest, policy=_SAVED[config.remat])
-        x = self.enter(params, rows, view.positions)
+        x = self.enter(params, rows, view.positions, its)
         x = its.placement.constrain(dropout(x, its.rate, None if keys is None else keys[0]), _STATES)
         in_groups = config.repeats * per_group
         steers = rest_steers = None
@@ -342,7 +342,7 @@ class Stack:
         rest_notes: list[Notes] = []
         if config.rest:
             x, rest_notes = run_rest(x, (params["rest"], rest_steers))
-        x = frame.final_norm(x) if config.final_norm else x
+        x = frame.final_norm(x, its.target_languages) if config.final_norm else x
         return dropout(x, its.rate, None if keys is None else keys[1]), _by_depth(notes, rest_notes)
 
     def rebalanced(self, params: Params, load: Float[Array, "n E"]) -> Params:
@@ -411,12 +411,13 @@ class Stack:
             memory_mask=None if memory_mask is None else memory_mask[:, None, None, :],
         )
         looks = Looks(view, config.attentions())
-        its = Pass(real=jnp.ones(rows.shape[:2], bool), placement=placement, cached=True)
-        x, written = self.enter(params, rows, at), []
+        to = cache["languages"][:, None] if "languages" in cache else None
+        its = Pass(real=jnp.ones(rows.shape[:2], bool), placement=placement, cached=True, target_languages=to)
+        x, written = self.enter(params, rows, at, its), []
         for layer, own, cross in zip(self.layer_list(params), cache["self"], cache["cross"], strict=True):
             x, updated = layer.step(x, {"self": own, "cross": cross}, view, looks, its)
             written.append(updated)
-        return frame.final_norm(x) if config.final_norm else x, tuple(written)
+        return frame.final_norm(x, to) if config.final_norm else x, tuple(written)
 
 
 def _by_depth(groups: list[Notes], rest: list[Notes]) -> Notes:
