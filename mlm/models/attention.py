@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.layers import Norm, cap, dropout, parameter, product, zeros
+from mlm.models.layers import Norm, cap, dropout, parameter, product, unit_rows, zeros
 from mlm.models.positions import rotate
 from mlm.models.specs import AttentionSpec, NormSpec
 from mlm.types import Hidden
@@ -209,8 +209,7 @@ class Attention(nnx.Module):
         if self.spec.qk_norm == "rms":
             return getattr(self, name)(x)
         if self.spec.qk_norm == "l2_scalar":
-            x32 = x.astype(jnp.float32)
-            return (x32 * jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + 1e-12)).astype(x.dtype)
+            return unit_rows(x)
         return x
 
     def _turned(self, x: Float[Array, "B _ L K"], positions: Int[Array, "#B L"] | None) -> Float[Array, "B _ L K"]:

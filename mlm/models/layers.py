@@ -81,6 +81,12 @@ def cap(logits: Float[Array, "..."], softcap: float | None) -> Float[Array, "...
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+def unit_rows(table: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Rows divided by their Euclidean lengths, in float32."""
+    x = table.astype(jnp.float32)
+    return (x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)).astype(table.dtype)
+
+
 class Norm(nnx.Module):
     """What a `NormSpec` says, over the last axis, statistics in float32; at first it scales by 1.
 

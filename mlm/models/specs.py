@@ -103,16 +103,21 @@ class ResidualSpec:
     """Where a sublayer's norms stand. pre: x + f(norm(x)); sandwich: x + norm'(f(norm(x))); post: norm(alpha x + f(x)).
 
     gain multiplies the initial weights of feed-forward, values and attention output. DeepNorm (Wang et al. 2022) is
-    "post" with alpha > 1 and gain < 1: `deep_norm` gives its constants.
+    "post" with alpha > 1 and gain < 1: `deep_norm` gives its constants. depth_exponent: initial matrices of the
+    l-th layer, from 1, are multiplied by l^-depth_exponent; 1/2 is DS-Init (Zhang et al. 2019), whose released code has
+    1/4.
     """
 
     order: str = "pre"
     alpha: float = 1.0
     gain: float = 1.0
+    depth_exponent: float = 0.0
 
     def __post_init__(self):
         check_choice("ResidualSpec", "order", self.order, ORDERS)
         check_above_zero(self, "alpha", "gain")
+        if not 0.0 <= self.depth_exponent <= 1.0:
+            raise ValueError(f"ResidualSpec.depth_exponent={self.depth_exponent} must be in [0, 1]; DS-Init has 0.5")
         if self.alpha != 1.0 and self.order != "post":
             raise ValueError(f"ResidualSpec: alpha={self.alpha} belongs to order='post', not {self.order!r}")
 
@@ -353,7 +358,8 @@ class EmbeddingSpec:
     std: the table's at first (None: 1 / multiply). learned: a table of `length` positions (the index inside the
     example, plus `offset`). sinusoidal: fairseq's, sines then cosines, first position `offset`. token_type: one learned
     row is added to every token (what is left of BERT's sentence numbers in XLM-R). gradient: share of the gradient that
-    reaches the table (GLM-130B uses 0.1).
+    reaches the table (GLM-130B uses 0.1). fix_norm: rows are first divided by their lengths, also those of a tied head;
+    then `multiply` is the length of all of them (Nguyen & Chiang 2018; QKNorm's recipe has D^1/2).
     """
 
     multiply: float = 1.0
@@ -364,6 +370,7 @@ class EmbeddingSpec:
     token_type: bool = False
     norm: bool = False
     gradient: float = 1.0
+    fix_norm: bool = False
 
     def __post_init__(self):
         check_choice("EmbeddingSpec", "positions", self.positions, ABSOLUTE_POSITIONS)

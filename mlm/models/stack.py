@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -14,12 +15,13 @@ from mlm.models.attention import Attention, Seen, order_mask, position_table, se
 from mlm.models.config import StackConfig
 from mlm.models.experts import MixtureOfExperts
 from mlm.models.functional import Template
-from mlm.models.layers import FeedForward, Norm, Pass, dropout, parameter
+from mlm.models.layers import FeedForward, Norm, Pass, dropout, parameter, unit_rows
 from mlm.models.positions import alibi_bias, relative_bias, segment_positions, sinusoids
 from mlm.models.routing import Routed, rebalanced
 from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec
 from mlm.types import Hidden, Params, Placement, PyTree, Segments, SourceHidden, SourceSegments
 
+_MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
 _STATES = ("batch", "length", "embed")  # logical axes of activations between sublayers
 _SAVED = {
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -245,9 +247,17 @@ class Stack:
 
     def init(self, key: Key[Array, ""]) -> Params:
         frame, group = jax.random.split(key)
+        config, size = self.config, len(self.config.group)
         params = {**self._frame.init(frame), "layers": self._group.init(group)}
-        if self.config.rest:
+        if config.rest:
             params["rest"] = self._rest.init(jax.random.fold_in(group, 1))
+        if exponent := config.residual.depth_exponent:
+            factors = np.arange(1.0, config.layers + 1) ** -exponent
+            in_groups = config.repeats * size
+            for place, layer in params["layers"].items():
+                params["layers"][place] = _multiplied(layer, factors[int(place) : in_groups : size])
+            for place, layer in params.get("rest", {}).items():
+                params["rest"][place] = _multiplied(layer, factors[in_groups + int(place), None])
         return params
 
     def axes(self) -> PyTree:
@@ -260,6 +270,7 @@ class Stack:
     def enter(self, params: Params, rows: Hidden, positions: Int[Array, "#B T"], its: Pass) -> Hidden:
         """Rows of the input table as the first layer reads them."""
         spec, frame = self.config.embedding, self._bind_frame(params)
+        rows = unit_rows(rows) if spec.fix_norm else rows
         x = rows if spec.gradient == 1.0 else spec.gradient * rows + (1 - spec.gradient) * jax.lax.stop_gradient(rows)
         if spec.multiply != 1.0:
             x = x * jnp.asarray(spec.multiply, x.dtype)
@@ -418,6 +429,17 @@ class Stack:
             x, updated = layer.step(x, {"self": own, "cross": cross}, view, looks, its)
             written.append(updated)
         return frame.final_norm(x, to) if config.final_norm else x, tuple(written)
+
+
+def _multiplied(layer: Params, factors: Float[np.ndarray, "copies"]) -> Params:
+    """The parameters of a layer with its matrices times the factor, or of its copies, one factor each."""
+
+    def scaled(path: tuple, leaf: Array) -> Array:
+        if path[-1].key not in _MATRICES:
+            return leaf
+        return leaf * factors.astype(np.float32).reshape(-1, *(1,) * (leaf.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(scaled, layer)
 
 
 def _by_depth(groups: list[Notes], rest: list[Notes]) -> Notes:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
 from mlm.models.language import Bridge, Offsets, languages_of_sources
-from mlm.models.layers import Norm, Pass, cap, parameter, product, zeros
+from mlm.models.layers import Norm, Pass, cap, parameter, product, unit_rows, zeros
 from mlm.models.routing import Routed
 from mlm.models.specs import FFNSpec, NormSpec
 from mlm.models.stack import Stack
@@ -226,7 +226,7 @@ class Transformer:
         head = self.config.head
         if head.mlm_transform:
             hidden = self._bind_ends(params).transform(hidden)
-        matrix = params["head"] if head.kind == "linear" else params["embedding"].T
+        matrix = params["head"] if head.kind == "linear" else self._table(params).T
         return hidden, matrix if head.multiply == 1.0 else matrix * head.multiply, params.get("head_bias")
 
     def logits(self, params: Params, hidden: Hidden) -> Logits:
@@ -276,6 +276,11 @@ class Transformer:
         hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self._placement)
         hidden = self._offset(params, hidden, cache["languages"][:, None] if "languages" in cache else None)
         return self.logits(params, hidden), hidden, {**cache, "self": own}
+
+    def _table(self, params: Params) -> Float[Array, "V D"]:
+        """The input table that a tied head reads."""
+        last = next(reversed(self.config.stacks().values()))
+        return unit_rows(params["embedding"]) if last.embedding.fix_norm else params["embedding"]
 
     def _target_languages(self, batch: Batch) -> dict[str, Int[Array, "B _"]]:
         """Target language of every token of each stack; nothing for a model that does not ask."""

@@ -45,11 +45,11 @@ def windowed(config, size):
 
 
 def deep():
-    """Post-norm with DeepNorm's constants, ALiBi, unit-vector attention, a shrunk embedding gradient."""
+    """Post-norm with DeepNorm's constants, ALiBi, unit-vector attention on rows of one length, a shrunk gradient."""
     own = AttentionSpec(source="self", heads=3, head_dim=4, qk_norm="l2_scalar", position=PositionSpec(kind="alibi"))
     cross, ffn = AttentionSpec(source="cross", heads=3, head_dim=4), FFNSpec(d_ff=10, activation="swiglu", bias=True)
     residuals = deep_norm(2, 2)
-    embedding = EmbeddingSpec(gradient=0.1)
+    embedding = EmbeddingSpec(gradient=0.1, fix_norm=True, multiply=12**0.5)
     plain = t5_style(vocab_size=V, d_model=12, d_ff=10, heads=3, head_dim=4, layers=(2, 2))
     stacks = {
         name: StackConfig(
