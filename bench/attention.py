@@ -25,9 +25,9 @@ import numpy as np  # noqa: E402
 
 from mlm.models.attention import Seen, attend  # noqa: E402
 from mlm.models.blockwise import attend_blockwise  # noqa: E402
-from mlm.models.config import PositionSpec  # noqa: E402
 from mlm.models.positions import relative_bucket  # noqa: E402
 from mlm.models.sight import Sight  # noqa: E402
+from mlm.models.specs import PositionSpec  # noqa: E402
 
 H, K = 4, 64
 BUCKETS = PositionSpec()

@@ -37,10 +37,10 @@ def problem(shape, experts, k):
 
 def our_layer(k, capacity=None):
     """The layer as models run it: router, dispatch, experts, record."""
-    from mlm.models.config import FFNSpec, RouterSpec
     from mlm.models.experts import MixtureOfExperts
     from mlm.models.functional import Template
     from mlm.models.layers import Pass
+    from mlm.models.specs import FFNSpec, RouterSpec
 
     def layer(weights, x):
         import jax.numpy as jnp

@@ -24,8 +24,8 @@ SHOWN = 24  # languages of the expert table
 
 def models(experts, vocab_size):
     """name -> model."""
-    from mlm.models.config import RouterSpec
     from mlm.models.presets import T5_COLUMNS, TINY, sparse, t5_style
+    from mlm.models.specs import RouterSpec
 
     size = dict(zip(T5_COLUMNS.split(), TINY, strict=True)) | {"vocab_size": vocab_size}
     dense, narrow = t5_style(**size), t5_style(**size | {"d_ff": size["d_ff"] // 2})

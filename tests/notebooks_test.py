@@ -23,7 +23,7 @@ def texts(cell) -> list[str]:
 
 
 def test_there_is_one_for_each_of_the_first_steps():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -95,3 +95,15 @@ def test_a_checkpoint_is_evaluated(tmp_path):
     assert "complete: 40 steps" in shown
     assert "50 examples: loss" in shown
     assert re.search(r"km +Khmer +Khmr +[\d,]+ +\d+\.\d+ +\d+\.\d+", shown)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_experts_are_drawn_by_language(tmp_path):
+    """With a run that the notebook trains itself."""
+    shown = "\n".join(execute(NOTEBOOKS[3], tmp_path))
+    assert "encoder: 1 mixtures of 8 experts" in shown
+    assert "Figure" in shown
+    moved = [float(x) for x in re.findall(r"outputs move by (\d\.\d+)", shown)]
+    assert len(moved) == 8
+    assert max(moved) > 0

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from mlm.models.config import FFNSpec, LayerSpec, ModelConfig, StackConfig
+from mlm.models.config import ModelConfig, StackConfig
 from mlm.models.depth import join_layers, split_layers
+from mlm.models.specs import FFNSpec, LayerSpec
 from mlm.models.transformer import Transformer
 from mlm.trees import named_leaves
 from mlm.types import Params

@@ -84,8 +84,8 @@ def _upcycle(flags: argparse.Namespace) -> None:
     import jax
 
     from mlm.adaptation.experts import upcycle
-    from mlm.models.config import RouterSpec
     from mlm.models.presets import sparse
+    from mlm.models.specs import RouterSpec
 
     session = _load(flags)
     gates = "chosen" if flags.k > 1 else "raw"

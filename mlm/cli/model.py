@@ -259,7 +259,7 @@ def _router(router: Any) -> str:
 
 
 def _sublayer(spec: Any) -> str:
-    from mlm.models.config import FFNSpec
+    from mlm.models.specs import FFNSpec
 
     if isinstance(spec, FFNSpec):
         text = f"{spec.activation} {spec.d_ff}"

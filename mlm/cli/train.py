@@ -97,8 +97,8 @@ def bind_all() -> None:
     """Gives gin its names: one place, the whole vocabulary of a gin file."""
     from mlm.checkpoints import CheckpointConfig
     from mlm.data.pipeline import DataConfig
-    from mlm.models.config import RouterSpec
     from mlm.models.presets import preset
+    from mlm.models.specs import RouterSpec
     from mlm.parallel import MeshConfig
     from mlm.training.loop import LoopConfig
     from mlm.training.optimizers import make_optimizer

@@ -53,6 +53,27 @@ def batches(lengths: Ints, batch_size: int) -> list[np.ndarray]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def target_languages(languages: Ints | None, sources: int, known: int | None) -> np.ndarray | None:
+    """Ids of the languages to be written, for a model that keeps something for each of `known` languages; None for
+    every other model, which does not ask.
+
+    Raises ValueError where such a model is not told, or is told an id that it does not have.
+    """
+    if known is None:
+        return None
+    if languages is None:
+        raise ValueError(
+            "this model is language-aware: say which language each source is to become, by languages=[ids], or in a "
+            'session by to="fr"'
+        )
+    if len(languages) != sources:
+        raise ValueError(f"{len(languages)} languages for {sources} sources: give one per source")
+    ids = np.asarray(languages, np.int32)
+    if ids.size and not (ids.min() >= 0 and ids.max() < known):
+        raise ValueError(f"languages={ids.tolist()} must be ids of the model's {known}, from 0 to {known - 1}")
+    return ids
+
+
 def check_tokens(kind: str, sequences: TokenLists, vocab_size: int) -> None:
     """Raises ValueError for an empty sequence and for ids that the model has no row for."""
     for index, sequence in enumerate(sequences):

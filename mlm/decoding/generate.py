@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens, fill, pad, shards
+from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens, fill, pad, shards, target_languages
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.loop import decode
 from mlm.decoding.state import NEG_INF, Decoded
@@ -39,9 +39,11 @@ class Generator:
         prompts: TokenLists | None = None,
         limits: Ints | None = None,
         ids: Ints | None = None,
+        languages: Ints | None = None,
     ) -> Decoded:
         """Results in the order of `sources`, as NumPy arrays; see `Decoded`, and `decode` for the options.
 
+        languages: target language id of each source, which a language-aware model asks for.
         `passes` sums over batches. Raises ValueError for an empty source, a token outside the vocabulary, or a prompt
         that leaves no room below its limit.
         """
@@ -62,18 +64,20 @@ class Generator:
         if prompts is not None:
             check_tokens("prompt", [p for p in prompts if len(p)], self.model.config.vocab_size)
 
+        to = target_languages(languages, count, self.model.config.languages)
+
         best = self.config.n_best
         tokens = np.zeros((count, best, width), np.int32)
         scores = np.full((count, best), NEG_INF, np.float32)
         found = np.zeros((count, best), np.int32)
         passes = 0
         for chosen in batches([len(s) for s in sources], self._batch_size):
-            out = self._batch(params, chosen, sources, prompts, limits, ids)
+            out = self._batch(params, chosen, sources, prompts, limits, ids, to)
             tokens[chosen], scores[chosen], found[chosen] = (x[: len(chosen)] for x in out[:3])
             passes += int(out.passes)
         return Decoded(tokens, scores, found, np.asarray(passes))
 
-    def _batch(self, params, chosen, sources, prompts, limits, ids) -> Decoded:
+    def _batch(self, params, chosen, sources, prompts, limits, ids, languages) -> Decoded:
         rows = min(bucket(-(-len(chosen) // self._shards), 1) * self._shards, self._batch_size)
         picked = [sources[i] for i in chosen]
         inputs = {
@@ -82,6 +86,8 @@ class Generator:
             "limits": fill(limits[chosen], rows, 0),
             "ids": fill(ids[chosen], rows, 0),
         }
+        if languages is not None:
+            inputs["languages"] = fill(languages[chosen], rows, 0)
         if prompts is not None and any(len(prompts[i]) for i in chosen):
             given = [prompts[i] for i in chosen]
             longest = min(bucket(max(map(len, given)), 1), self.config.max_length)
@@ -93,9 +99,10 @@ class Generator:
         self.compilations += 1  # runs while tracing only
         params, sources = self.model.unrolled(params), inputs["sources"]
         real = jnp.arange(sources.shape[1])[None] < inputs["source_lengths"][:, None]
-        encoded = self.model.encode(params, sources, real.astype(jnp.int32))
+        to = inputs.get("languages")
+        encoded = self.model.encode(params, sources, real.astype(jnp.int32), languages=to)
         rows = sources.shape[0] * self.config.selector().group
-        cache = self.model.init_cache(params, encoded, real, rows, self.config.max_length)
+        cache = self.model.init_cache(params, encoded, real, rows, self.config.max_length, to)
         return decode(
             lambda tokens, cache: self.model.step(params, tokens, cache),
             self._shard(cache),

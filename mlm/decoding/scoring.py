@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from mlm.decoding.buckets import TokenLists, batches, bucket, check_tokens, fill, pad, shards
+from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens, fill, pad, shards, target_languages
 from mlm.decoding.state import token_log_prob
 from mlm.models.transformer import Transformer
 from mlm.types import PAD_ID, Hidden, Params, Tokens
@@ -40,8 +40,11 @@ class Scorer:
         self._chunk = chunk
         self._run = jax.jit(self._score)
 
-    def __call__(self, params: Params, sources: TokenLists, targets: TokenLists) -> Scores:
+    def __call__(
+        self, params: Params, sources: TokenLists, targets: TokenLists, languages: Ints | None = None
+    ) -> Scores:
         """Scores in the order given. A target is scored as it stands: append EOS for the probability of ending there.
+        languages: target language id of each source, which a language-aware model asks for.
 
         Raises ValueError for unequal counts, an empty sequence or a token outside the vocabulary.
         """
@@ -49,6 +52,7 @@ class Scorer:
             raise ValueError(f"{len(sources)} sources but {len(targets)} targets: give one target per source")
         check_tokens("source", sources, self.model.config.vocab_size)
         check_tokens("target", targets, self.model.config.vocab_size)
+        to = target_languages(languages, len(sources), self.model.config.languages)
         lengths = np.array([len(t) for t in targets], np.int32)
         scores = np.zeros((len(targets), int(lengths.max(initial=0))), np.float32)
         for chosen in batches([len(s) + len(t) for s, t in zip(sources, targets, strict=True)], self._batch_size):
@@ -60,6 +64,8 @@ class Scorer:
                 "target": pad(target, rows, bucket(max(map(len, target)))),
                 "target_lengths": fill([len(t) for t in target], rows, 1),
             }
+            if to is not None:
+                inputs["languages"] = fill(to[chosen], rows, 0)
             found = jax.device_get(self._run(params, jax.device_put(inputs, self._rows)))
             width = int(lengths[chosen].max())
             scores[chosen, :width] = found[: len(chosen), :width]
@@ -76,6 +82,8 @@ class Scorer:
             "decoder_input_tokens": jnp.pad(target, ((0, 0), (1, 0)), constant_values=PAD_ID)[:, :-1],
             "decoder_segment_ids": told.astype(jnp.int32),
         }
+        if "languages" in inputs:
+            batch["decoder_language_ids"] = inputs["languages"][:, None] * told
         hidden = self.model(params, batch).hidden
         return jnp.where(told, self._log_probs(params, hidden, target), 0.0)
 

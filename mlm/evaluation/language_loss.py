@@ -76,15 +76,20 @@ class LanguageLosses:
 
 
 def language_losses(
-    token_nll: Callable[[Rows], np.ndarray | Array], batches: Iterable[Rows], spelling: Spelling, *, languages: int
+    token_nll: Callable[[Rows], np.ndarray | Array],
+    batches: Iterable[Rows],
+    spelling: Spelling,
+    *,
+    languages: int,
+    by: str = "decoder_language_ids",
 ) -> LanguageLosses:
     """Sums over the rows. token_nll: −log P of every target token, [B, T] nats; what it says of padding is ignored.
 
-    languages: number of language ids, padding's 0 included.
+    by: the feature whose ids are told apart. languages: number of these ids, padding's 0 included.
     """
     sums = LanguageLosses(*np.zeros((5, languages)))
     for batch in batches:
-        sums += _sums(np.asarray(token_nll(batch), np.float64), batch, spelling, languages)
+        sums += _sums(np.asarray(token_nll(batch), np.float64), batch, spelling, languages, by)
     return sums
 
 
@@ -100,7 +105,8 @@ class TokenLosses:
         self._run = jax.jit(self._nll)
 
     def __call__(self, params: Params, batch: Rows) -> Float[np.ndarray, "B T"]:
-        used = {name: batch[name] for name in _READ}
+        read = _READ if self.model.config.languages is None else (*_READ, "decoder_language_ids")
+        used = {name: batch[name] for name in read}
         return jax.device_get(self._run(params, jax.device_put(used, self._rows)))
 
     def _nll(self, params: Params, batch: dict[str, Array]) -> Float[Array, "B T"]:
@@ -170,7 +176,7 @@ def unigram(
     return own
 
 
-def _sums(nll: np.ndarray, batch: Rows, spelling: Spelling, languages: int) -> LanguageLosses:
+def _sums(nll: np.ndarray, batch: Rows, spelling: Spelling, languages: int, by: str) -> LanguageLosses:
     target, told = batch["decoder_target_tokens"], batch["decoder_loss_weights"] > 0
     text = told & spelling.text[target]
     before = np.pad(target, ((0, 0), (1, 0)))[:, :-1]
@@ -178,7 +184,7 @@ def _sums(nll: np.ndarray, batch: Rows, spelling: Spelling, languages: int) -> L
     size = spelling.size[target] - (first & spelling.space[target])
 
     def add(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-        found = np.bincount(batch["decoder_language_ids"][where], values[where], minlength=languages)
+        found = np.bincount(batch[by][where], values[where], minlength=languages)
         return found.astype(np.float64)  # of no token at all it would be an array of integers
 
     one = np.ones(target.shape)

@@ -4,16 +4,8 @@ from typing import Any
 
 from mlm.interop.family import Family, Ids, Keys, attention, both, feed_forward
 from mlm.interop.rules import Rule
-from mlm.models.config import (
-    AttentionSpec,
-    EmbeddingSpec,
-    FFNSpec,
-    HeadSpec,
-    LayerSpec,
-    ModelConfig,
-    NormSpec,
-    StackConfig,
-)
+from mlm.models.config import HeadSpec, ModelConfig, StackConfig
+from mlm.models.specs import AttentionSpec, EmbeddingSpec, FFNSpec, LayerSpec, NormSpec
 
 # Published: 0 beginning, 1 padding, 2 end (which the decoder reads first), 3 unknown. Ours: 3 is the beginning.
 IDS = Ids((1, 2, 3, 0))

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlm.interop.rules import ConversionError, Rule
-from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, ModelConfig, RouterSpec, StackConfig
+from mlm.models.config import ModelConfig, StackConfig
+from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec, RouterSpec
 from mlm.registry import nearest
 
 # Keys of any config.json that say nothing about the mathematics of a trained model, or whose values here are fixed by

@@ -5,18 +5,8 @@ from typing import Any
 
 from mlm.interop.family import Family, Ids, Keys, attention, feed_forward
 from mlm.interop.rules import ConversionError, Rule
-from mlm.models.config import (
-    AttentionSpec,
-    EmbeddingSpec,
-    FFNSpec,
-    HeadSpec,
-    LayerSpec,
-    ModelConfig,
-    NormSpec,
-    PositionSpec,
-    ResidualSpec,
-    StackConfig,
-)
+from mlm.models.config import HeadSpec, ModelConfig, StackConfig
+from mlm.models.specs import AttentionSpec, EmbeddingSpec, FFNSpec, LayerSpec, NormSpec, PositionSpec, ResidualSpec
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 # Published: 0 padding, 1 end, 2 beginning, 3 unknown. Ours: 2 unknown, 3 beginning, which the decoder reads first.

@@ -11,7 +11,8 @@ from typing import Any
 from mlm.interop import fairseq, t5
 from mlm.interop.family import Keys, both, feed_forward
 from mlm.interop.rules import ConversionError, Rule
-from mlm.models.config import FFNSpec, LayerSpec, ModelConfig, RouterSpec, StackConfig
+from mlm.models.config import ModelConfig, StackConfig
+from mlm.models.specs import FFNSpec, LayerSpec, RouterSpec
 
 SIDES = ("encoder", "decoder")
 Sparse = Callable[[int, int], bool]  # (layer, step) -> does the layer hold experts

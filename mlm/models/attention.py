@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from mlm.models.config import AttentionSpec, NormSpec
-from mlm.models.layers import Norm, cap, dropout, parameter, product, zeros
+from mlm.models.layers import Norm, cap, dropout, parameter, product, unit_rows, zeros
 from mlm.models.positions import rotate
 from mlm.models.sight import Drawn, Sight
+from mlm.models.specs import AttentionSpec, NormSpec
 from mlm.types import Hidden
 
 # Finite, so that a row with nothing to look at (padding) gives a mean instead of NaN.
@@ -175,7 +175,8 @@ class Attention(nnx.Module):
             self.value_bias = zeros((groups, size), axes[1:])
             self.out_bias = zeros((d_model,), ("embed",))
         if spec.qk_norm == "rms":
-            self.query_norm, self.key_norm = (Norm(size, replace(norm, kind="rms"), ("head_dim",)) for _ in range(2))
+            head_norm = replace(norm, kind="rms", languages=None)
+            self.query_norm, self.key_norm = (Norm(size, head_norm, ("head_dim",)) for _ in range(2))
         elif spec.qk_norm == "l2_scalar":
             self.gain = nnx.Param(jnp.asarray(spec.qk_gain, jnp.float32), axes=())
         if spec.position.table() == "layer":
@@ -221,8 +222,7 @@ class Attention(nnx.Module):
         if self.spec.qk_norm == "rms":
             return getattr(self, name)(x)
         if self.spec.qk_norm == "l2_scalar":
-            x32 = x.astype(jnp.float32)
-            return (x32 * jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + 1e-12)).astype(x.dtype)
+            return unit_rows(x)
         return x
 
     def _turned(self, x: Float[Array, "B _ L K"], positions: Int[Array, "#B L"] | None) -> Float[Array, "B _ L K"]:

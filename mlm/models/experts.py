@@ -14,10 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from mlm.models import routing
-from mlm.models.config import FFNSpec
 from mlm.models.grouped import by_group, grouped_matmul, permute
 from mlm.models.layers import FeedForward, Pass, feed_forward, parameter, zeros
 from mlm.models.routing import Choice, Plan, Probabilities, Real, Routed
+from mlm.models.specs import FFNSpec
 from mlm.types import Hidden, Params
 
 _AXES = {

@@ -1,6 +1,10 @@
 """Model FLOPs of one training step: what the mathematics needs, not what the hardware happens to do (no remat)."""
 
-from mlm.models.config import AttentionSpec, FFNSpec, ModelConfig, StackConfig
+import jax
+
+from mlm.models.config import ModelConfig, StackConfig
+from mlm.models.specs import AttentionSpec, FFNSpec
+from mlm.models.transformer import Transformer
 
 
 def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> float:
@@ -16,6 +20,8 @@ def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> 
         total += _stack(config.encoder, config.memory_width, config.memory_width, source, 0)
     if config.decoder:
         total += _stack(config.decoder, config.d_model, config.memory_width, target, source)
+    if config.bridge:
+        total += 6.0 * config.memory_width**2 * source
     predicted = target if config.decoder else source
     columns = config.vocab_size + (config.d_model if config.head.mlm_transform else 0)
     return rows * (total + 6.0 * config.d_model * columns * predicted)
@@ -44,8 +50,14 @@ def _ffn_products(spec: FFNSpec, d_model: int) -> float:
 
 
 def idle_parameters(config: ModelConfig) -> int:
-    """Parameters that a token, on average, does not meet: those of the experts that do not serve it."""
+    """Parameters that a token, on average, does not meet: those of the experts that do not serve it, and of
+    languages and scripts that are not its own.
+    """
     idle = 0.0
+    if config.languages:
+        model = Transformer(config)
+        tables = zip(jax.tree.leaves(model.shapes()), jax.tree.leaves(model.axes(), is_leaf=_is_axes), strict=True)
+        idle += sum(x.size - x.size / x.shape[names.index("languages")] for x, names in tables if "languages" in names)
     for name, stack in config.stacks().items():
         width = config.memory_width if name == "encoder" else config.d_model
         for layer in stack.layer_specs():
@@ -56,6 +68,10 @@ def idle_parameters(config: ModelConfig) -> int:
                     expert = matrices * width * spec.d_ff + biases
                     idle += (spec.router.experts - spec.router.active) * expert
     return round(idle)
+
+
+def _is_axes(node: object) -> bool:
+    return isinstance(node, tuple)
 
 
 def _attention(spec: AttentionSpec, d_model: int, memory_width: int, length: int, memory: int, causal: bool) -> float:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.config import FFNSpec, NormSpec
+from mlm.models.specs import FFNSpec, NormSpec
 from mlm.types import ONE_DEVICE, Axes, Hidden, Placement
 
 
@@ -17,7 +17,8 @@ class Pass:
     """One run over a batch, as sublayers that work position by position see it.
 
     rate: dropout. real: False at padding. cached: a block of a decoding step. languages: id of every token, below
-    `language_count`. taps: names of what the caller wants to see; tap(name, value) hands it out.
+    `language_count`. target_languages: what a token's example writes, where something is kept by language. taps: names
+    of what the caller wants to see; tap(name, value) hands it out.
     """
 
     real: Bool[Array, "B T"]
@@ -26,6 +27,7 @@ class Pass:
     cached: bool = False
     languages: Int[Array, "B T"] | None = None
     language_count: int = 0
+    target_languages: Int[Array, "B #T"] | None = None
     taps: frozenset[str] = frozenset()
     tap: Callable[[str, Array], None] = lambda name, value: None
 
@@ -80,24 +82,38 @@ def cap(logits: Float[Array, "..."], softcap: float | None) -> Float[Array, "...
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+def unit_rows(table: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Rows divided by their Euclidean lengths, in float32."""
+    x = table.astype(jnp.float32)
+    return (x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)).astype(table.dtype)
+
+
 class Norm(nnx.Module):
     """What a `NormSpec` says, over the last axis, statistics in float32; at first it scales by 1.
+
+    By language, scale and bias are rows of tables [languages, width].
 
     Sources: Zhang & Sennrich 2019 (rms), Ba et al. 2016 (layer).
     """
 
     def __init__(self, width: int, spec: NormSpec, axes: Axes = ("embed",)):
         self.spec = spec
-        self.scale = nnx.Param(jnp.full((width,), 0.0 if spec.offset_one else 1.0, jnp.float32), axes=axes)
+        shape: tuple[int, ...] = (width,)
+        if spec.languages:
+            shape, axes = (spec.languages, width), ("languages", *axes)
+        self.scale = nnx.Param(jnp.full(shape, 0.0 if spec.offset_one else 1.0, jnp.float32), axes=axes)
         if spec.kind == "layer":
-            self.bias = nnx.Param(jnp.zeros((width,), jnp.float32), axes=axes)
+            self.bias = nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
 
-    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... K"]:
-        x32, scale = x.astype(jnp.float32), self.scale[...] + float(self.spec.offset_one)
+    def __call__(self, x: Float[Array, "... K"], languages: Int[Array, "B #T"] | None = None) -> Float[Array, "... K"]:
+        def own(table: Float[Array, "... K"]) -> Float[Array, "... K"]:
+            return table[languages] if self.spec.languages else table
+
+        x32, scale = x.astype(jnp.float32), own(self.scale[...]) + float(self.spec.offset_one)
         if self.spec.kind == "layer":
             x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.spec.eps) * scale
-        return (y + self.bias[...] if self.spec.kind == "layer" else y).astype(x.dtype)
+        return (y + own(self.bias[...]) if self.spec.kind == "layer" else y).astype(x.dtype)
 
 
 _NONLINEARITIES: dict[str, Callable] = {

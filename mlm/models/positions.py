@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mlm.models.config import PositionSpec
+from mlm.models.specs import PositionSpec
 
 
 def relative_bucket(

@@ -7,18 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from mlm.models.config import (
+from mlm.models.config import HeadSpec, ModelConfig, StackConfig
+from mlm.models.specs import (
     AttentionSpec,
     EmbeddingSpec,
     FFNSpec,
-    HeadSpec,
     LayerSpec,
-    ModelConfig,
     NormSpec,
     PositionSpec,
     ResidualSpec,
     RouterSpec,
-    StackConfig,
+    check_choice,
 )
 from mlm.registry import Registry
 
@@ -493,6 +492,33 @@ _nllb = {"vocab_size": 256_206, "experts": 128}
 _add("NLLB-MoE", "nllb_moe_{}", nllb_moe, FAIRSEQ_COLUMNS, {"54b": NLLB_MOE_54B}, **_nllb)
 
 
+LANGUAGE_PARTS = ("norms", "bridge", "offsets")
+
+
+def language_aware(
+    config: ModelConfig,
+    *,
+    languages: int,
+    norms: bool = False,
+    bridge: bool = False,
+    offsets: tuple[str, ...] = (),
+    scripts: tuple[int, ...] = (),
+) -> ModelConfig:
+    """The model with parts of its own for each of that many target languages (ids, 0 for none included).
+
+    norms: every scale and bias of a layer's, embedding's or final norm (LALN). bridge: a matrix between the stacks
+    (LALT; both Zhang et al. 2020). offsets: "language" and "script" vectors before the head (LangSAMP; Liu et al.
+    2025), the latter by the number of every language's script. At first the model computes what it did without them.
+    """
+    own: dict[str, Any] = {
+        side: replace(stack, norm=replace(stack.norm, languages=languages if norms else None))
+        for side, stack in config.stacks().items()
+    }
+    head = replace(config.head, offsets=offsets)
+    aware: dict[str, Any] = {"languages": languages, "bridge": bridge, "scripts": scripts, "head": head}
+    return replace(config, **own, **aware)
+
+
 def preset(
     name: str,
     *,
@@ -504,13 +530,29 @@ def preset(
     attention: str | None = None,
     router: RouterSpec | None = None,
     every: int = 2,
+    languages: int | None = None,
+    language_parts: tuple[str, ...] = (),
 ) -> ModelConfig:
     """The published model `name`, with what a run may change about it; None keeps the published value.
 
     router: makes every `every`-th layer's feed-forward network a mixture of experts (`sparse`).
+    language_parts: what is kept for each of so many `languages` ("norms", "bridge", "offsets": `language_aware`).
     Raises KeyError with the nearest names for an unknown preset.
     """
     config = PRESETS[name]()
+    if languages is not None or language_parts:
+        for part in language_parts:
+            check_choice("preset", "language_parts", part, LANGUAGE_PARTS)
+        if languages is None:
+            raise ValueError(f"language_parts={language_parts} needs languages, the number of language ids")
+        kept = {part: part in language_parts for part in LANGUAGE_PARTS}
+        config = language_aware(
+            config,
+            languages=languages,
+            norms=kept["norms"],
+            bridge=kept["bridge"],
+            offsets=("language",) if kept["offsets"] else (),
+        )
     config = config if router is None else sparse(config, router, every=every)
     execution = {"dropout": dropout, "remat": remat, "scan": scan, "attention": attention}
     stack: dict[str, Any] = {k: v for k, v in execution.items() if v is not None}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.config import RouterSpec
+from mlm.models.specs import RouterSpec
 
 Probabilities = Float[Array, "G N E"]
 Real = Bool[Array, "G N"]

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mlm.models.config import NO_POSITION, PositionSpec
 from mlm.models.positions import alibi_bias, from_diagonals, relative_bias
+from mlm.models.specs import NO_POSITION, PositionSpec
 
 Reach = tuple[int | None, int | None]
 

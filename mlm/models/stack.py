@@ -7,21 +7,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mlm.models import blockwise
 from mlm.models.attention import Attention, Seen, position_table
-from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, StackConfig
+from mlm.models.config import StackConfig
 from mlm.models.experts import MixtureOfExperts
 from mlm.models.functional import Template
-from mlm.models.layers import FeedForward, Norm, Pass, dropout, parameter
+from mlm.models.layers import FeedForward, Norm, Pass, dropout, parameter, unit_rows
 from mlm.models.paths import PATHS, Path, path_of
 from mlm.models.positions import segment_positions, sinusoids
 from mlm.models.routing import Routed, rebalanced
 from mlm.models.sight import Drawn, Sight
+from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec
 from mlm.types import Hidden, Params, Placement, PyTree, Segments, SourceHidden, SourceSegments
 
+_MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
 _STATES = ("batch", "length", "embed")  # logical axes of activations between sublayers
 _POLICIES, _ATTENDED = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names(blockwise.SAVED)
 _SAVED = {
@@ -105,7 +108,7 @@ class Layer(nnx.Module):
                     seen.append(Seen(k, v, looks.memory()))
                 return body.attended(body.queries(h, view.positions), seen, its.rate, inner, looks.attend)
 
-            x = self._around(x, body, run, partial(dropout, rate=its.rate, key=outer))
+            x = self._around(x, body, run, partial(dropout, rate=its.rate, key=outer), its)
             x = its.placement.constrain(x, _STATES)
         if "hidden" in its.taps:
             notes.taps["hidden"] = x
@@ -136,17 +139,17 @@ class Layer(nnx.Module):
                     seen.append(Seen(cross["key"], cross["value"], looks.memory()))
                 return body.attended(body.queries(h, view.positions), seen, 0.0, None, looks.attend)
 
-            x = self._around(x, body, run, lambda y: y)
+            x = self._around(x, body, run, lambda y: y, its)
         return x, written
 
     def _around(
-        self, x: Hidden, body: Any, run: Callable[[Hidden], Hidden], drop: Callable[[Hidden], Hidden]
+        self, x: Hidden, body: Any, run: Callable[[Hidden], Hidden], drop: Callable[[Hidden], Hidden], its: Pass
     ) -> Hidden:
-        order, alpha = self.residual.order, self.residual.alpha
+        order, alpha, to = self.residual.order, self.residual.alpha, its.target_languages
         if order == "post":
-            return body.norm(alpha * x + drop(run(x)))
-        y = run(body.norm(x))
-        return x + drop(body.post_norm(y) if order == "sandwich" else y)
+            return body.norm(alpha * x + drop(run(x)), to)
+        y = run(body.norm(x, to))
+        return x + drop(body.post_norm(y, to) if order == "sandwich" else y)
 
 
 def _tapped(its: Pass, sublayer: str, taken: dict[str, Array]) -> Pass:
@@ -254,9 +257,17 @@ class Stack:
 
     def init(self, key: Key[Array, ""]) -> Params:
         frame, group = jax.random.split(key)
+        config, size = self.config, len(self.config.group)
         params = {**self._frame.init(frame), "layers": self._group.init(group)}
-        if self.config.rest:
+        if config.rest:
             params["rest"] = self._rest.init(jax.random.fold_in(group, 1))
+        if exponent := config.residual.depth_exponent:
+            factors = np.arange(1.0, config.layers + 1) ** -exponent
+            in_groups = config.repeats * size
+            for place, layer in params["layers"].items():
+                params["layers"][place] = _multiplied(layer, factors[int(place) : in_groups : size])
+            for place, layer in params.get("rest", {}).items():
+                params["rest"][place] = _multiplied(layer, factors[in_groups + int(place), None])
         return params
 
     def axes(self) -> PyTree:
@@ -266,9 +277,10 @@ class Stack:
     def _bind_frame(self, params: Params) -> Any:
         return self._frame.bind({name: p for name, p in params.items() if name not in ("layers", "rest")})
 
-    def enter(self, params: Params, rows: Hidden, positions: Int[Array, "#B T"]) -> Hidden:
+    def enter(self, params: Params, rows: Hidden, positions: Int[Array, "#B T"], its: Pass) -> Hidden:
         """Rows of the input table as the first layer reads them."""
         spec, frame = self.config.embedding, self._bind_frame(params)
+        rows = unit_rows(rows) if spec.fix_norm else rows
         x = rows if spec.gradient == 1.0 else spec.gradient * rows + (1 - spec.gradient) * jax.lax.stop_gradient(rows)
         if spec.multiply != 1.0:
             x = x * jnp.asarray(spec.multiply, x.dtype)
@@ -278,7 +290,7 @@ class Stack:
             x = x + sinusoids(positions + spec.offset, x.shape[-1]).astype(x.dtype)
         if spec.token_type:
             x = x + frame.token_type[...].astype(x.dtype)
-        return frame.embedding_norm(x) if spec.norm else x
+        return frame.embedding_norm(x, its.target_languages) if spec.norm else x
 
     def forward(
         self,
@@ -336,7 +348,7 @@ class Stack:
         if config.remat != "none":
             run_group = jax.checkpoint(run_group, policy=_SAVED[config.remat], prevent_cse=not config.scan)
             run_rest = jax.checkpoint(run_rest, policy=_SAVED[config.remat])
-        x = self.enter(params, rows, view.positions)
+        x = self.enter(params, rows, view.positions, its)
         x = its.placement.constrain(dropout(x, its.rate, None if keys is None else keys[0]), _STATES)
         in_groups = config.repeats * per_group
         steers = rest_steers = None
@@ -355,7 +367,7 @@ class Stack:
         rest_notes: list[Notes] = []
         if config.rest:
             x, rest_notes = run_rest(x, (params["rest"], rest_steers))
-        x = frame.final_norm(x) if config.final_norm else x
+        x = frame.final_norm(x, its.target_languages) if config.final_norm else x
         return dropout(x, its.rate, None if keys is None else keys[1]), _by_depth(notes, rest_notes)
 
     def rebalanced(self, params: Params, load: Float[Array, "n E"]) -> Params:
@@ -440,12 +452,24 @@ class Stack:
         table = frame.position[...] if config.shared_table() else None
         # A block against its cache is small: what plain attention makes of it is Q x M.
         looks = Looks(view, config.attentions(), table, PATHS["plain"])
-        its = Pass(real=jnp.ones(rows.shape[:2], bool), placement=placement, cached=True)
-        x, written = self.enter(params, rows, at), []
+        to = cache["languages"][:, None] if "languages" in cache else None
+        its = Pass(real=jnp.ones(rows.shape[:2], bool), placement=placement, cached=True, target_languages=to)
+        x, written = self.enter(params, rows, at, its), []
         for layer, own, cross in zip(self.layer_list(params), cache["self"], cache["cross"], strict=True):
             x, updated = layer.step(x, {"self": own, "cross": cross}, view, looks, its)
             written.append(updated)
-        return frame.final_norm(x) if config.final_norm else x, tuple(written)
+        return frame.final_norm(x, to) if config.final_norm else x, tuple(written)
+
+
+def _multiplied(layer: Params, factors: Float[np.ndarray, "copies"]) -> Params:
+    """The parameters of a layer with its matrices times the factor, or of its copies, one factor each."""
+
+    def scaled(path: tuple, leaf: Array) -> Array:
+        if path[-1].key not in _MATRICES:
+            return leaf
+        return leaf * factors.astype(np.float32).reshape(-1, *(1,) * (leaf.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(scaled, layer)
 
 
 def _by_depth(groups: list[Notes], rest: list[Notes]) -> Notes:

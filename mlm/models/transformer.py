@@ -2,18 +2,20 @@
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.config import FFNSpec, ModelConfig, NormSpec
+from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
-from mlm.models.layers import Norm, Pass, cap, parameter, product, zeros
+from mlm.models.language import Bridge, Offsets, languages_of_sources
+from mlm.models.layers import Norm, Pass, cap, parameter, product, unit_rows, zeros
 from mlm.models.paths import path_of
 from mlm.models.routing import Routed
+from mlm.models.specs import FFNSpec, NormSpec
 from mlm.models.stack import Stack
 from mlm.registry import nearest
 from mlm.types import (
@@ -34,7 +36,8 @@ _PREFIX = "decoder_causal_attention"
 
 
 class Output(NamedTuple):
-    """hidden: the last stack's states after its final norm, what the head reads. encoded: the encoder's, if any.
+    """hidden: the last stack's states after its final norm, offsets by language added: what the head reads. encoded:
+    the encoder's, if any, before the bridge.
 
     routed: of each stack with mixtures of experts, their records [n, …] by depth. taps: what was asked for, by name.
     """
@@ -46,7 +49,8 @@ class Output(NamedTuple):
 
 
 class Ends(nnx.Module):
-    """Input tables and what the head owns. Initial std: the tables' as their stack says, D^-1/2 of the head.
+    """Input tables, what the head owns, the bridge between the stacks. Initial std: the tables' as their stack says,
+    D^-1/2 of the head.
 
     One table serves both stacks, or "encoder_embedding" the encoder and "embedding" the decoder and a tied head.
     """
@@ -65,6 +69,10 @@ class Ends(nnx.Module):
             self.head_bias = zeros((size,), ("vocab",))
         if config.head.mlm_transform:
             self.transform = MLMTransform(width, last.norm.eps, rngs)
+        if config.languages and config.bridge:
+            self.bridge = Bridge(config.memory_width, config.languages)
+        if config.languages and config.head.offsets:
+            self.offsets = Offsets(width, config.head.offsets, config.languages, config.scripts)
 
 
 class MLMTransform(nnx.Module):
@@ -127,9 +135,12 @@ class Transformer:
         number of language ids, to count each one's use of experts (0: not counted). taps: names out of `tap_names`;
         each comes back as [layers that have it, …]. steering: stack -> what is added to its router logits, [n, B or 1,
         T or 1, E] for its n mixtures by depth (-inf forbids an expert).
-        Raises KeyError, with the nearest name, for a tap that the model does not have.
+        A language-aware model (`ModelConfig.languages`) reads the target language off the ids of the decoder's tokens,
+        or of the encoder's where it is alone. Raises KeyError, with the nearest name, for a tap that the model does not
+        have, ValueError for a missing language.
         """
         self._check_taps(taps)
+        to = self._target_languages(batch)
         source, target = (None, None) if key is None else jax.random.split(key)
         encoded = segments = None
         routed: dict[str, Routed] = {}
@@ -144,6 +155,7 @@ class Transformer:
                 placement=self._placement,
                 languages=batch[f"{stack}_language_ids"] if languages else None,
                 language_count=languages,
+                target_languages=to.get(stack),
                 taps=frozenset(name.removeprefix(prefix) for name in taps if name.startswith(prefix)),
             )
             hidden, notes = self._stacks[stack].forward(
@@ -165,8 +177,10 @@ class Transformer:
         if "encoder" in self._stacks:
             encoded = run("encoder", None, source)
             segments = batch["encoder_segment_ids"]
-        hidden = run("decoder", encoded, target) if "decoder" in self._stacks else encoded
-        return Output(hidden, encoded, routed, taken)
+        hidden = encoded
+        if "decoder" in self._stacks:
+            hidden = run("decoder", self._bridged(params, encoded, to.get("encoder")), target)
+        return Output(self._offset(params, hidden, next(reversed(to.values()), None)), encoded, routed, taken)
 
     def encode(
         self,
@@ -174,10 +188,19 @@ class Transformer:
         tokens: SourceTokens,
         segments: SourceSegments | None = None,
         key: Key[Array, ""] | None = None,
+        languages: Int[Array, "B"] | None = None,
     ) -> SourceHidden:
-        """Encoder states after the final norm. Without segments every token but padding (id 0) is one example."""
+        """Encoder states after the final norm. Without segments every token but padding (id 0) is one example.
+
+        languages: target language of each row; only a language-aware model asks for them, with a ValueError.
+        """
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
-        its = Pass(real=segments > 0, rate=self.config.stacks()["encoder"].dropout, placement=self._placement)
+        its = Pass(
+            real=segments > 0,
+            rate=self.config.stacks()["encoder"].dropout,
+            placement=self._placement,
+            target_languages=self._checked(languages),
+        )
         rows = self._rows(params, "encoder", tokens)
         return self._stacks["encoder"].forward(params["encoder"], rows, segments, None, None, key, its)[0]
 
@@ -211,9 +234,8 @@ class Transformer:
         """
         head = self.config.head
         if head.mlm_transform:
-            ends = {name: value for name, value in params.items() if name not in self._stacks}
-            hidden = self._ends.bind(ends).transform(hidden)
-        matrix = params["head"] if head.kind == "linear" else params["embedding"].T
+            hidden = self._bind_ends(params).transform(hidden)
+        matrix = params["head"] if head.kind == "linear" else self._table(params).T
         return hidden, matrix if head.multiply == 1.0 else matrix * head.multiply, params.get("head_bias")
 
     def logits(self, params: Params, hidden: Hidden) -> Logits:
@@ -233,19 +255,23 @@ class Transformer:
         source_mask: Bool[Array, "B S"] | None,
         rows: int,
         length: int,
+        languages: Int[Array, "B"] | None = None,
     ) -> PyTree:
         """The decoding state of `rows` rows (batch x beams) with `length` slots each.
 
         {"length": [R] slots in use, "self": per layer, name, key|value [R, H, length, K],
-         "cross": per layer the source's keys and values, computed once and kept at B rows, "source_mask": [B, S]}.
-        encoded and source_mask are None for a decoder alone.
+         "cross": per layer the source's keys and values, computed once and kept at B rows, "source_mask": [B, S]};
+        in a language-aware model also "languages" [R], the target languages.
+        encoded and source_mask are None for a decoder alone, and languages has then one for each of the rows.
         A permutation of beams gathers axis 0 of "length" and of every leaf of "self"; the rest is shared.
         """
         if encoded is not None and rows % encoded.shape[0]:
             raise ValueError(f"rows={rows} must be a multiple of the {encoded.shape[0]} sources: rows = batch x beams")
-        decoder = self._stacks["decoder"]
-        cross, own = decoder.init_cache(params["decoder"], encoded, rows, length, self._dtype)
-        return {"length": jnp.zeros(rows, jnp.int32), "self": own, "cross": cross, "source_mask": source_mask}
+        to = self._checked(languages)
+        memory = encoded if encoded is None else self._bridged(params, encoded, to)
+        cross, own = self._stacks["decoder"].init_cache(params["decoder"], memory, rows, length, self._dtype)
+        cache = {"length": jnp.zeros(rows, jnp.int32), "self": own, "cross": cross, "source_mask": source_mask}
+        return cache if to is None else {**cache, "languages": jnp.repeat(to[:, 0], rows // to.shape[0])}
 
     def step(
         self, params: Params, tokens: Int[Array, "R Q"], cache: PyTree, prefix: Bool[Array, "R Q"] | None = None
@@ -258,7 +284,46 @@ class Transformer:
         """
         rows = self._rows(params, "decoder", tokens)
         hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self._placement, prefix)
+        hidden = self._offset(params, hidden, cache["languages"][:, None] if "languages" in cache else None)
         return self.logits(params, hidden), hidden, {**cache, "self": own}
+
+    def _table(self, params: Params) -> Float[Array, "V D"]:
+        """The input table that a tied head reads."""
+        last = next(reversed(self.config.stacks().values()))
+        return unit_rows(params["embedding"]) if last.embedding.fix_norm else params["embedding"]
+
+    def _target_languages(self, batch: Batch) -> dict[str, Int[Array, "B _"]]:
+        """Target language of every token of each stack; nothing for a model that does not ask."""
+        if self.config.languages is None:
+            return {}
+        stack = next(reversed(self._stacks))
+        if f"{stack}_language_ids" not in batch:
+            raise ValueError(f"a language-aware model needs {stack}_language_ids; the batch has {sorted(batch)}")
+        to = {stack: batch[f"{stack}_language_ids"]}
+        if len(self._stacks) == 2:
+            segments = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
+            to = {"encoder": languages_of_sources(*segments, to["decoder"]), **to}
+        return to
+
+    def _checked(self, languages: Int[Array, "B"] | None) -> Int[Array, "B 1"] | None:
+        if self.config.languages is None:
+            return None
+        if languages is None:
+            raise ValueError(
+                "this model is language-aware (ModelConfig.languages): say which language each row is to write, by "
+                "languages=[ids], or by to=… in a session"
+            )
+        return languages[:, None]
+
+    def _bridged(self, params: Params, memory: SourceHidden | None, to: Int[Array, "B #S"] | None) -> Any:
+        """The encoder's states as the decoder reads them."""
+        return self._bind_ends(params).bridge(memory, to, self._placement) if self.config.bridge else memory
+
+    def _offset(self, params: Params, hidden: Hidden, to: Int[Array, "B #T"] | None) -> Hidden:
+        return self._bind_ends(params).offsets(hidden, to) if self.config.head.offsets else hidden
+
+    def _bind_ends(self, params: Params) -> Any:
+        return self._ends.bind({name: value for name, value in params.items() if name not in self._stacks})
 
     def _rows(self, params: Params, stack: str, tokens: Int[Array, "B T"]) -> Hidden:
         """Rows of the stack's input table."""

@@ -29,6 +29,7 @@ RULES: Rules = (  # logical axis, mesh axis or axes (None: whole on every device
     ("routes", None),
     ("groups", ("replica", "data", "fsdp")),  # rows of tokens while they are at the experts of other devices
     ("slots", None),
+    ("languages", None),
     ("kv_heads", None),
     ("head_dim", None),
     ("positions", None),

@@ -2,7 +2,8 @@
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,15 @@ def evaluate_each(
         tables = _tables(session, group, lengths)
         predictions = Predictions(generator, session.params)
         asked = [example for name, examples in group.items() if predicts(name) for example in examples]
-        predictions.learn([e.inputs for e in asked], [forced_beginning(e.targets, session.vocabulary) for e in asked])
+        begins = partial(forced_beginning, vocabulary=session.vocabulary)
+        predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], [e.language for e in asked])
         for name, examples in group.items():
             outcome = compute_metrics(
                 name,
                 session.vocabulary,
                 lengths,
-                predict=predictions,
-                score=session.score_tokens,
+                predict=_told(predictions, {_key(e.inputs, begins(e.targets)): e.language for e in examples}),
+                score=_told(session.score_tokens, {_key(e.inputs, e.targets): e.language for e in examples}),
                 split=split,
                 num_examples=num_examples,
             )
@@ -61,25 +63,37 @@ class Predictions:
 
     def __init__(self, generator: Generator, params: Params):
         self._generator, self._params = generator, params
-        self._known: dict[tuple[bytes, bytes], np.ndarray] = {}
+        self._known: dict[tuple[int, tuple[bytes, bytes]], np.ndarray] = {}
 
-    def learn(self, sources: Tokens, prompts: Tokens) -> None:
+    def learn(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> None:
         """Decodes what is not known yet. Randomness comes from the example itself, not from who stands beside it."""
-        new = {_key(s, p): (s, p) for s, p in zip(sources, prompts, strict=True) if _key(s, p) not in self._known}
+        asked = zip(sources, prompts, languages, strict=True)
+        new = {(n, _key(s, p)): (s, p) for s, p, n in asked if (n, _key(s, p)) not in self._known}
         if not new:
             return
         found = self._generator(
             self._params,
             [source for source, _ in new.values()],
             prompts=[prompt for _, prompt in new.values()],
-            ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for key in new],
+            ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in new],
+            languages=[language for language, _ in new],
         )
         self._known.update(zip(new, found.tokens[:, 0], strict=True))
 
-    def __call__(self, sources: Tokens, prompts: Tokens) -> np.ndarray:
+    def __call__(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> np.ndarray:
         """int32 [examples, length]: the best result of each, beginning and end of sequence included."""
-        self.learn(sources, prompts)
-        return np.stack([self._known[_key(s, p)] for s, p in zip(sources, prompts, strict=True)])
+        self.learn(sources, prompts, languages)
+        asked = zip(sources, prompts, languages, strict=True)
+        return np.stack([self._known[n, _key(s, p)] for s, p, n in asked])
+
+
+def _told(function: Callable[..., np.ndarray], languages: Mapping[tuple[bytes, bytes], int]) -> Callable:
+    """function(sources, others, languages) without the last, which is looked up: SeqIO hands over tokens alone."""
+
+    def of_tokens(sources: Tokens, others: Tokens) -> np.ndarray:
+        return function(sources, others, [languages[_key(s, o)] for s, o in zip(sources, others, strict=True)])
+
+    return of_tokens
 
 
 def _key(source: np.ndarray, prompt: np.ndarray) -> tuple[bytes, bytes]:
@@ -107,9 +121,9 @@ def _tables(session: Session, group: Group, lengths: Lengths) -> dict[str, Langu
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for batch in packed_batches(numbered, lengths, rows):
             both = batch["decoder_task_ids"] * len(LANGUAGES) + batch["decoder_language_ids"]
-            yield {**batch, "decoder_language_ids": both}
+            yield {**batch, "task_and_language": both}
 
-    sums = session.language_losses(batches(), languages=len(names) * len(LANGUAGES))
+    sums = session.language_losses(batches(), languages=len(names) * len(LANGUAGES), by="task_and_language")
     codes = [language.code for language in LANGUAGES]
     tables = {}
     for number, name in enumerate(names):

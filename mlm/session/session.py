@@ -128,7 +128,8 @@ class Session:
         if to is not None and language_token == "target":
             prompts = [[self.vocabulary.language_token(to)]] * len(sources)
         skip = 0 if prompts is None else 1
-        decoded = self.generator(method, options)(self.params, sources, prompts=prompts, ids=ids)
+        languages = self._languages(to, len(sources))
+        decoded = self.generator(method, options)(self.params, sources, prompts=prompts, ids=ids, languages=languages)
         return [
             [
                 Hypothesis(self._text(tokens[skip:length]), float(score), tokens[:length].tolist())
@@ -149,14 +150,18 @@ class Session:
         sources = [s.tokens for s in self.encode([source for source, _ in pairs], to, language_token=language_token)]
         targets = [[*self._tokens(i, "target", target, to), EOS_ID] for i, (_, target) in enumerate(pairs)]
         if to is None or language_token == "source":
-            return self.score_tokens(sources, targets)
+            return self.score_tokens(sources, targets, self._languages(to, len(sources)))
         token = self.vocabulary.language_token(to)  # given, so its own probability does not count
-        found = self._scorer(self.params, sources, [[token, *target] for target in targets])
+        targets = [[token, *target] for target in targets]
+        found = self._scorer(self.params, sources, targets, self._languages(to, len(sources)))
         return found.totals - found.tokens[:, 0]
 
-    def score_tokens(self, sources: Sequence, targets: Sequence) -> np.ndarray:
-        """log P(target | source) of token lists as they stand, in nats; float32 [pairs]."""
-        return self._scorer(self.params, sources, targets).totals
+    def score_tokens(self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None = None) -> np.ndarray:
+        """log P(target | source) of token lists as they stand, in nats; float32 [pairs].
+
+        languages: ids of the targets' languages, which a language-aware model asks for.
+        """
+        return self._scorer(self.params, sources, targets, languages).totals
 
     def evaluate(
         self,
@@ -205,15 +210,16 @@ class Session:
         batches: Iterable[Mapping[str, np.ndarray]],
         params: Params | None = None,
         languages: int | None = None,
+        by: str = "decoder_language_ids",
     ) -> LanguageLosses:
         """Sums by language id over rows (`mlm.types.ROW_FEATURES`).
 
-        params: others than its own, e.g. `untrained()`. languages: number of ids, if not that of the language table.
+        params: others than its own, e.g. `untrained()`. by: another feature of ids to sum by, then below `languages`.
         """
         from mlm.data.languages import LANGUAGES
 
         nll = partial(self._token_losses, self.params if params is None else params)
-        return language_losses(nll, batches, self.spelling, languages=languages or len(LANGUAGES))
+        return language_losses(nll, batches, self.spelling, languages=languages or len(LANGUAGES), by=by)
 
     @cached_property
     def spelling(self) -> Spelling:
@@ -257,6 +263,12 @@ class Session:
         if not tokens:
             raise ValueError(f"{kind} {index} is empty: {text!r}")
         return [int(token) for token in tokens]
+
+    def _languages(self, to: str | None, count: int) -> list[int] | None:
+        """The id of the language to be written, once per text; None where none is named."""
+        from mlm.data.languages import language_id
+
+        return None if to is None or self.config.languages is None else [language_id(to)] * count
 
     def _text(self, tokens: np.ndarray) -> str:
         return self.vocabulary.decode([int(token) for token in tokens])

@@ -58,10 +58,16 @@ OptimizerFactory = Callable[[PyTree, PyTree], optax.GradientTransformation]  # (
 class Trainer:
     """Compiled steps of one model on one mesh. languages: size of the per-language metrics.
 
-    Raises ValueError, before anything is compiled, when heads, widths, vocabulary or batch do not divide the mesh.
+    Raises ValueError, before anything is compiled, when heads, widths, vocabulary or batch do not divide the mesh, or
+    when the data has languages that a language-aware model does not.
     """
 
     def __init__(self, model: ModelConfig, train: TrainConfig, optimizer: OptimizerFactory, mesh: Mesh, languages: int):
+        if model.languages is not None and model.languages < languages:
+            raise ValueError(
+                f"the model keeps parts for languages={model.languages} language ids, but the data has {languages}: "
+                f"set languages={languages}"
+            )
         self.config, self.mesh = train, mesh
         self.model = Transformer(model, MeshPlacement(mesh))
         self.optimizer = optimizer(self.model.axes(), self.model.shapes())

@@ -14,8 +14,8 @@ from mlm.interop.family import Keys, mathematics
 from mlm.interop.files import TensorFolder
 from mlm.interop.huggingface import FAMILIES, describe, export_params, import_params, open_published
 from mlm.interop.rules import Axes, ConversionError, Piece, plan
-from mlm.models.config import ResidualSpec
 from mlm.models.presets import preset
+from mlm.models.specs import ResidualSpec
 from tests.interop import recipe
 
 T5 = recipe.load(recipe.GOLDENS / "t5_1_1.npz")

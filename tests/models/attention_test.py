@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from mlm.models.attention import Attention, Seen, attend
-from mlm.models.config import AttentionSpec, NormSpec, PositionSpec
 from mlm.models.positions import rotate
 from mlm.models.sight import Drawn, order_mask, reach
+from mlm.models.specs import AttentionSpec, NormSpec, PositionSpec
 
 ALL = Drawn(jnp.ones((1, 1, 1, 1), bool))
 

@@ -10,8 +10,8 @@ import pytest
 from mlm.models import blockwise
 from mlm.models.attention import Seen, attend
 from mlm.models.blockwise import attend_blockwise
-from mlm.models.config import NO_POSITION, PositionSpec
 from mlm.models.sight import Sight
+from mlm.models.specs import NO_POSITION, PositionSpec
 
 B, H, G, T, S, K = 2, 4, 2, 40, 23, 8
 SEGMENTS = jnp.array([[1] * 15 + [2] * 20 + [0] * 5, [1] * T])

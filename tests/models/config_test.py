@@ -5,22 +5,19 @@ import dataclasses
 import pytest
 
 from mlm import trees
-from mlm.models.config import (
+from mlm.models.config import HeadSpec, StackConfig, from_json, to_json
+from mlm.models.presets import PRESETS, preset, sparse, t5_style
+from mlm.models.specs import (
     AttentionSpec,
     EmbeddingSpec,
     FFNSpec,
-    HeadSpec,
     LayerSpec,
     NormSpec,
     PositionSpec,
     ResidualSpec,
     RouterSpec,
-    StackConfig,
     deep_norm,
-    from_json,
-    to_json,
 )
-from mlm.models.presets import PRESETS, preset, sparse, t5_style
 from mlm.models.transformer import Transformer
 
 # 2Vd + L_e(attn + ffn + 2d) + L_d(2 attn + ffn + 3d) + 2d + 64h; attn = 4 d h d_h, ffn = 3 d f.

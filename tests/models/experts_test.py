@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models.config import FFNSpec, RouterSpec
 from mlm.models.experts import MixtureOfExperts
 from mlm.models.functional import Template
 from mlm.models.layers import FeedForward, Pass
+from mlm.models.specs import FFNSpec, RouterSpec
 
 D, F, E, B, T = 6, 5, 4, 3, 8
 REAL = jnp.arange(T) < jnp.array([[8], [5], [7]])

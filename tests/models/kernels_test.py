@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from mlm.models.attention import Seen, attend
-from mlm.models.config import ATTENTION_PATHS, PositionSpec
+from mlm.models.config import ATTENTION_PATHS
 from mlm.models.kernels import attend_cudnn, attend_splash
 from mlm.models.paths import PATHS
 from mlm.models.presets import preset
 from mlm.models.sight import Sight
+from mlm.models.specs import PositionSpec
 from mlm.models.transformer import Transformer
 
 

@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 
 from mlm.models import blockwise
-from mlm.models.config import (
-    AttentionSpec,
-    EmbeddingSpec,
-    FFNSpec,
-    LayerSpec,
-    PositionSpec,
-    RouterSpec,
-    StackConfig,
-    deep_norm,
-)
+from mlm.models.config import StackConfig
 from mlm.models.positions import rotate
-from mlm.models.presets import bert_style, fairseq_style, gemma_3, glm_style, llama_style, sparse, t5_style, t5gemma
+from mlm.models.presets import (
+    bert_style,
+    fairseq_style,
+    gemma_3,
+    glm_style,
+    language_aware,
+    llama_style,
+    sparse,
+    t5_style,
+    t5gemma,
+)
+from mlm.models.specs import AttentionSpec, EmbeddingSpec, FFNSpec, LayerSpec, PositionSpec, RouterSpec, deep_norm
 from mlm.models.transformer import Transformer
 from mlm.objectives import head_cross_entropy, token_cross_entropy
 from tests.models import rows
@@ -44,11 +46,11 @@ def windowed(config, size):
 
 
 def deep():
-    """Post-norm with DeepNorm's constants, ALiBi, unit-vector attention, a shrunk embedding gradient."""
+    """Post-norm with DeepNorm's constants, ALiBi, unit-vector attention on rows of one length, a shrunk gradient."""
     own = AttentionSpec(source="self", heads=3, head_dim=4, qk_norm="l2_scalar", position=PositionSpec(kind="alibi"))
     cross, ffn = AttentionSpec(source="cross", heads=3, head_dim=4), FFNSpec(d_ff=10, activation="swiglu", bias=True)
     residuals = deep_norm(2, 2)
-    embedding = EmbeddingSpec(gradient=0.1)
+    embedding = EmbeddingSpec(gradient=0.1, fix_norm=True, multiply=12**0.5)
     plain = t5_style(vocab_size=V, d_model=12, d_ff=10, heads=3, head_dim=4, layers=(2, 2))
     stacks = {
         name: StackConfig(
@@ -65,6 +67,15 @@ def deep():
         )
     }
     return dataclasses.replace(plain, **stacks)
+
+
+def languages():
+    """All that is kept by target language, between stacks of different widths, in the norms before and after."""
+    uneven = t5gemma(**GEMMA, layers=2, encoder=WIDER | {"layers": 2})
+    config = language_aware(
+        uneven, languages=3, norms=True, bridge=True, offsets=("language", "script"), scripts=(0, 1, 2)
+    )
+    return windowed(config, 3)
 
 
 def moe():
@@ -99,10 +110,12 @@ MEMBERS = {
     "llama": partial(LLAMA, rope=PositionSpec(kind="rope", factor=4.0, context=12), tied=True),
     "glm": partial(glm_style, d_model=12, d_ff=10, heads=3, layers=2, vocab_size=V),
     "deep": deep,
+    "languages": languages,
+    "languages_alone": lambda: language_aware(BERT(), languages=3, norms=True, offsets=("language",)),
     "moe": moe,
     "moe_kit": moe_kit,
 }
-ENCODERS = {"xlm_r", "xlm_r_xl", "eurobert"}
+ENCODERS = {"languages_alone", "xlm_r", "xlm_r_xl", "eurobert"}
 batch_of = partial(rows.batch_of, source_length=S, target_length=T)
 ROWS = [([5, 6, 7, 8, 9, 10, 11, 1], [3, 4, 5, 6, 7, 1]), ([11, 12, 13, 1], [14, 15, 1])]
 
@@ -195,6 +208,7 @@ def test_packed_rows_equal_unpacked_ones(speaker):
             "encoder_segment_ids": jnp.array([[1] * 5 + [2] * 4]),
             "decoder_input_tokens": jnp.array([[0, 3, 4, 5, 0, 14, 15]]),
             "decoder_segment_ids": jnp.array([[1] * 4 + [2] * 3]),
+            "decoder_language_ids": jnp.array([[1] * 4 + [2] * 3]),
         },
     )
     np.testing.assert_allclose(together[0, :4], alone[0, :4], rtol=1e-4, atol=1e-4)
@@ -210,9 +224,8 @@ def test_packed_sources_equal_unpacked_ones(reader):
     alone["encoder_input_tokens"] = jnp.where(real, alone["encoder_input_tokens"], 21)
     want = logits_of(model, params, alone)
     segments = jnp.array([[1] * 5 + [2] * 4])
-    got = logits_of(
-        model, params, {"encoder_input_tokens": jnp.array([first + second]), "encoder_segment_ids": segments}
-    )
+    tokens = {"encoder_input_tokens": jnp.array([first + second]), "encoder_segment_ids": segments}
+    got = logits_of(model, params, tokens | {"encoder_language_ids": segments})
     np.testing.assert_allclose(got[0, :5], want[0, :5], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got[0, 5:], want[1, :4], rtol=1e-4, atol=1e-4)
 
@@ -245,14 +258,18 @@ def test_cached_blocks_equal_the_whole(speaker, blocks):
     batch = {name: jnp.asarray(x) for name, x in batch_of(ROWS).items()}
     # Every position is real: what the cache holds has no padding between.
     batch["decoder_segment_ids"] = jnp.ones_like(batch["decoder_segment_ids"])
+    languages = jnp.array([1, 2])
+    batch["decoder_language_ids"] = jnp.repeat(languages[:, None], T, axis=1)
     want = jnp.repeat(logits_of(model, params, batch), 2, axis=0)
     encoded = mask = None
     if model.config.encoder:
         mask = batch["encoder_segment_ids"] > 0
-        encoded = jax.jit(model.encode)(params, batch["encoder_input_tokens"], batch["encoder_segment_ids"])
+        encoded = jax.jit(model.encode)(
+            params, batch["encoder_input_tokens"], batch["encoder_segment_ids"], languages=languages
+        )
     tokens = jnp.repeat(batch["decoder_input_tokens"], 2, axis=0)
     ready, step = model.unrolled(params), jax.jit(model.step)
-    cache, got, start = model.init_cache(ready, encoded, mask, 4, T + 2), [], 0
+    cache, got, start = model.init_cache(ready, encoded, mask, 4, T + 2, languages), [], 0
     for size in blocks:
         logits, _, cache = step(ready, tokens[:, start : start + size], cache)
         cache = {**cache, "length": cache["length"] + size}

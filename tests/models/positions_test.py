@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models.config import PositionSpec
 from mlm.models.positions import (
     alibi_bias,
     alibi_slopes,
@@ -17,6 +16,7 @@ from mlm.models.positions import (
     segment_positions,
     sinusoids,
 )
+from mlm.models.specs import PositionSpec
 
 ROPE = PositionSpec(kind="rope")
 

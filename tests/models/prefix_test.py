@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models.config import AttentionSpec, FFNSpec, LayerSpec, ModelConfig, PositionSpec, StackConfig
+from mlm.models.config import ModelConfig, StackConfig
 from mlm.models.sight import Sight
+from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec, PositionSpec
 from mlm.models.transformer import Transformer
 from tests.models.rows import logits_of
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlm.models import routing
-from mlm.models.config import RouterSpec
+from mlm.models.specs import RouterSpec
 
 # The worked example: 4 tokens, 3 experts; softmax rows (.6652 .2447 .0900), (.6652 .0900 .2447), (.5465 .3315 .1220),
 # (.0900 .2447 .6652).

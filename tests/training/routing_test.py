@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlm.models import presets
-from mlm.models.config import RouterSpec
+from mlm.models.specs import RouterSpec
 from mlm.parallel import MeshConfig, global_batch, make_mesh
 from mlm.training.optimizers import make_optimizer
 from mlm.training.trainer import TrainConfig, Trainer
