@@ -194,15 +194,18 @@ def torch_make(shape, experts, k):
 
 
 def check(results, name):
-    """Raises when outputs or gradients are not those of our dropless layer."""
+    """Raises when outputs or gradients are not those of our dropless layer.
+
+    Gradients by their norm: where rounding moves a hidden unit across ReLU's kink, single entries differ by more.
+    """
     import numpy as np
 
     want, got = results["ours, dropless"], results[name]
     for leaf in want[0]:
-        scale = np.abs(want[0][leaf]).max()
-        difference = np.abs(want[0][leaf] - got[0][leaf]).max() / scale
-        if difference > 1e-4:
-            raise SystemExit(f"{name}: {leaf} differs by {difference:.1e} of its largest entry")
+        measure_of, limit = (np.max, 1e-5) if leaf == "y" else (np.linalg.norm, 1e-3)
+        difference = measure_of(np.abs(want[0][leaf] - got[0][leaf])) / measure_of(np.abs(want[0][leaf]))
+        if difference > limit:
+            raise SystemExit(f"{name}: {leaf} differs by {difference:.1e}")
 
 
 def run(shape, experts, k, repeats):
