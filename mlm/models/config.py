@@ -126,7 +126,8 @@ class StackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """What leaves. linear: a matrix of its own; tied: the (decoder's) input table. Its products are multiplied by
+    """What leaves. linear: a matrix of its own, or with a `rank` a product of [D, rank] and [rank, V]; tied: the
+    (decoder's) input table. Its products are multiplied by
     `multiply`, and logits bounded by softcap * tanh(logits / softcap).
 
     mlm_transform: the states first pass LayerNorm(gelu(x W + b)), as in BERT and XLM-R. bias: a number per token is
@@ -139,10 +140,17 @@ class HeadSpec:
     softcap: float | None = None
     mlm_transform: bool = False
     bias: bool = False
+    rank: int | None = None
     offsets: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_choice("HeadSpec", "kind", self.kind, HEADS)
+        check_positive(self, "rank")
+        if self.rank and self.kind != "linear":
+            raise ValueError(
+                f"HeadSpec: rank={self.rank} belongs to kind='linear', not {self.kind!r}; a tied head has its input "
+                "table's, EmbeddingSpec.rank"
+            )
         for offset in self.offsets:
             check_choice("HeadSpec", "offsets", offset, OFFSETS)
         check_above_zero(self, "multiply", "softcap")
@@ -204,6 +212,11 @@ class ModelConfig:
                     f"joint attention reads encoder and decoder with the same matrices: encoder_width="
                     f"{self.encoder_width} must be d_model={self.d_model}"
                 )
+        if self.share_embedding and len({stack.embedding.rank for stack in self.stacks().values()}) > 1:
+            raise ValueError(
+                f"one table serves both stacks, so their ranks must agree: encoder.embedding.rank="
+                f"{encoder and encoder.embedding.rank}, decoder.embedding.rank={decoder and decoder.embedding.rank}"
+            )
         self._check_languages()
 
     def _check_languages(self) -> None:

@@ -69,6 +69,14 @@ def deep():
     return dataclasses.replace(plain, **stacks)
 
 
+def factorised():
+    """Input tables of rank 5 and 4, one of them tied."""
+    config = dataclasses.replace(T5(tied=True), share_embedding=False)
+    ranks = {"encoder": 5, "decoder": 4}
+    stacks = {n: dataclasses.replace(s, embedding=EmbeddingSpec(rank=ranks[n])) for n, s in config.stacks().items()}
+    return dataclasses.replace(config, **stacks)
+
+
 def languages():
     """All that is kept by target language, between stacks of different widths, in the norms before and after."""
     uneven = t5gemma(**GEMMA, layers=2, encoder=WIDER | {"layers": 2})
@@ -108,6 +116,7 @@ MEMBERS = {
     "xlm_r_xl": partial(BERT, order="pre"),
     "eurobert": partial(LLAMA, rope=PositionSpec(kind="rope", base=250.0), encoder=True),
     "llama": partial(LLAMA, rope=PositionSpec(kind="rope", factor=4.0, context=12), tied=True),
+    "factorised": factorised,
     "glm": partial(glm_style, d_model=12, d_ff=10, heads=3, layers=2, vocab_size=V),
     "deep": deep,
     "languages": languages,
@@ -166,7 +175,7 @@ def test_scanned_equals_unrolled_in_value_and_gradient(member):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale), got, want)
 
 
-@pytest.mark.parametrize("name", ["t5", "t5gemma", "eurobert", "xlm_r"])
+@pytest.mark.parametrize("name", ["t5", "t5gemma", "eurobert", "xlm_r", "factorised"])
 def test_the_loss_by_slices_is_the_loss_of_the_logits(name):
     """Its gradient too: a multiplier, a cap, a matrix of its own, a transform with a bias per token."""
     model, params = made(name)
