@@ -22,7 +22,7 @@ from mlm.registry import nearest
 
 REMAT_POLICIES = ("none", "minimal", "dots", "full")
 ATTENTION_PATHS = ("plain", "blockwise", "cudnn", "splash")
-HEADS = ("linear", "tied")
+HEADS = ("linear", "tied", "codes")
 OFFSETS = ("language", "script")
 DTYPES = ("float32", "bfloat16")
 
@@ -127,8 +127,11 @@ class StackConfig:
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
     """What leaves. linear: a matrix of its own, or with a `rank` a product of [D, rank] and [rank, V]; tied: the
-    (decoder's) input table. Its products are multiplied by
-    `multiply`, and logits bounded by softcap * tanh(logits / softcap).
+    (decoder's) input table; codes: each token's column is the sum of one out of `codes` shared columns in each of
+    `groups` groups. In one group tokens share a column, by number in `clusters` (or else neighbouring ids do), and only
+    a bias tells them apart: without it a token of a cluster of n cannot cost less than ln n nats (`codes.floor`). Codes
+    save parameters, and time in decoding; the loss spreads the columns and costs what a linear head's does. Products
+    are multiplied by `multiply`, and logits bounded by softcap * tanh(logits / softcap).
 
     mlm_transform: the states first pass LayerNorm(gelu(x W + b)), as in BERT and XLM-R. bias: a number per token is
     added to the products. offsets: vectors of the "language", or of its "script", that are added to the last states
@@ -141,6 +144,9 @@ class HeadSpec:
     mlm_transform: bool = False
     bias: bool = False
     rank: int | None = None
+    codes: int = 0
+    groups: int = 1
+    clusters: tuple[int, ...] = ()
     offsets: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -150,6 +156,17 @@ class HeadSpec:
             raise ValueError(
                 f"HeadSpec: rank={self.rank} belongs to kind='linear', not {self.kind!r}; a tied head has its input "
                 "table's, EmbeddingSpec.rank"
+            )
+        check_positive(self, "groups")
+        if (self.kind == "codes") != (self.codes > 0) or (self.kind != "codes" and self.groups > 1):
+            raise ValueError(
+                f"HeadSpec: codes={self.codes} and groups={self.groups} belong to kind='codes', which needs codes of "
+                f"at least 1; kind={self.kind!r}"
+            )
+        if self.clusters and (self.groups > 1 or not 0 <= min(self.clusters) <= max(self.clusters) < self.codes):
+            raise ValueError(
+                f"HeadSpec.clusters must number one of codes={self.codes} columns for every token, from 0, in one "
+                f"group; found numbers from {min(self.clusters)} to {max(self.clusters)} and groups={self.groups}"
             )
         for offset in self.offsets:
             check_choice("HeadSpec", "offsets", offset, OFFSETS)
@@ -217,7 +234,18 @@ class ModelConfig:
                 f"one table serves both stacks, so their ranks must agree: encoder.embedding.rank="
                 f"{encoder and encoder.embedding.rank}, decoder.embedding.rank={decoder and decoder.embedding.rank}"
             )
+        self._check_codes()
         self._check_languages()
+
+    def _check_codes(self) -> None:
+        head = self.head
+        if head.clusters and len(head.clusters) != self.vocab_size:
+            raise ValueError(f"HeadSpec.clusters has {len(head.clusters)} numbers for vocab_size={self.vocab_size}")
+        if head.groups > 1 and head.codes**head.groups < self.vocab_size:
+            raise ValueError(
+                f"HeadSpec: codes={head.codes} in groups={head.groups} tell {head.codes**head.groups} tokens apart, "
+                f"and vocab_size={self.vocab_size}: raise one of them"
+            )
 
     def _check_languages(self) -> None:
         norms = {stack.norm.languages for stack in self.stacks().values()}

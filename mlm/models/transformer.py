@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mlm.models.codes import Codebook
 from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
 from mlm.models.language import Bridge, Offsets, languages_of_sources
@@ -66,6 +67,8 @@ class Ends(nnx.Module):
         if rank := config.head.rank:
             self.head_down = parameter(rngs, (width, rank), width**-0.5, ("embed", "rank"))
             self.head = parameter(rngs, (rank, size), rank**-0.5, ("rank", "vocab"))
+        elif config.head.kind == "codes":
+            self.codebook = Codebook(width, config.head, size, rngs)
         elif config.head.kind == "linear":
             self.head = parameter(rngs, (width, size), width**-0.5, ("embed", "vocab"))
         if config.head.bias:
@@ -252,13 +255,19 @@ class Transformer:
             down = params["embedding_up"].T
         if down is not None:
             hidden = product(hidden, down.astype(hidden.dtype))
-        matrix = params["head"] if head.kind == "linear" else self._table(params).T
+        if head.kind == "codes":
+            matrix = self._bind_ends(params).codebook.matrix()
+        else:
+            matrix = params["head"] if head.kind == "linear" else self._table(params).T
         return hidden, matrix if head.multiply == 1.0 else matrix * head.multiply, params.get("head_bias")
 
     def logits(self, params: Params, hidden: Hidden) -> Logits:
         """Float32 logits over the vocabulary, in nats."""
         hidden, kernel, bias = self.head(params, hidden)
-        logits = jnp.einsum("BTD,DV->BTV", hidden, kernel.astype(self._dtype), preferred_element_type=jnp.float32)
+        if self.config.head.kind == "codes":
+            logits = self.config.head.multiply * self._bind_ends(params).codebook.products(hidden)
+        else:
+            logits = jnp.einsum("BTD,DV->BTV", hidden, kernel.astype(self._dtype), preferred_element_type=jnp.float32)
         return cap(logits if bias is None else logits + bias, self.config.head.softcap)
 
     def unrolled(self, params: Params) -> Params:

@@ -28,6 +28,7 @@ RULES: Rules = (  # logical axis, mesh axis or axes (None: whole on every device
     ("embed", "fsdp"),
     ("rank", "fsdp"),
     ("routes", None),
+    ("codes", None),
     ("groups", ("replica", "data", "fsdp")),  # rows of tokens while they are at the experts of other devices
     ("slots", None),
     ("languages", None),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlm.models.codes import codes_of, floor
 from mlm.models.config import HeadSpec
 from mlm.models.flops import training_flops
 from mlm.models.presets import t5_style
@@ -68,3 +69,75 @@ def test_ranks_that_do_not_fit_are_refused():
     ranked = dataclasses.replace(BASE.encoder, embedding=EmbeddingSpec(rank=3))
     with pytest.raises(ValueError, match=r"encoder.embedding.rank=3, decoder.embedding.rank=None"):
         dataclasses.replace(BASE, encoder=ranked)
+
+
+def coded(**head):
+    return Transformer(dataclasses.replace(BASE, head=HeadSpec(kind="codes", **head)))
+
+
+def fitted(model, targets):
+    """Mean cross-entropy, in nats, of the best head that gradient descent finds for distinct states of the targets."""
+    states = 4.0 * jnp.eye(V, D + V)[None, :, :D] + jnp.asarray(np.random.default_rng(0).normal(size=(1, V, D)))
+    params = {"codebook": {"columns": jnp.zeros((D, model.config.head.groups * model.config.head.codes))}}
+    if model.config.head.bias:
+        params["head_bias"] = jnp.zeros(V)
+
+    @jax.value_and_grad
+    def loss(params):
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(model.logits(params, states)), targets, axis=-1))
+
+    def step(params, _):
+        value, grads = loss(params)
+        return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads), value
+
+    return float(jax.jit(lambda p: jax.lax.scan(step, p, length=400))(params)[1][-1])
+
+
+def test_tokens_of_a_column_share_their_probability_and_cannot_cost_less_than_their_number():
+    """12 tokens by fours, and one alone: (12 ln 4 + 0) / 13. The head learns its clusters to perfection and no more."""
+    clusters = tuple(i // 4 for i in range(V))
+    head = HeadSpec(kind="codes", codes=4, clusters=clusters)
+    want = 12 / 13 * np.log(4)
+    assert floor(head, V) == pytest.approx(want)
+    found = fitted(coded(codes=4, clusters=clusters), jnp.arange(V)[None, :, None])
+    assert want < found < want + 0.1
+    # The digits of 13 ids in base 4 are 13 columns of 8 numbers: distinct logits, no floor.
+    assert floor(HeadSpec(kind="codes", codes=4, groups=2), V) == 0.0
+    assert fitted(coded(codes=4, groups=2), jnp.arange(V)[None, :, None]) < 0.7 * want
+
+
+def test_a_bias_tells_the_tokens_of_a_column_apart_by_frequency_alone():
+    """One cluster of all, targets a, a, a, b: the entropy of (3/4, 1/4), where without a bias it is ln 13."""
+    targets = jnp.where(jnp.arange(V) % 4 == 3, 5, 2)[None, :, None]
+    share = 3 / 13
+    entropy = -share * np.log(share) - (1 - share) * np.log(1 - share)
+    assert fitted(coded(codes=1, bias=True), targets) == pytest.approx(entropy, abs=0.02)
+    assert fitted(coded(codes=1), targets) == pytest.approx(np.log(V), abs=1e-4)
+
+
+@pytest.mark.parametrize("head", [{"codes": 3}, {"codes": 4, "groups": 2}, {"codes": 3, "groups": 3}], ids=str)
+def test_few_products_are_those_of_the_spread_matrix(head):
+    model = coded(**head)
+    params = jax.jit(model.init)(jax.random.key(0))
+    states = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, D)), jnp.float32)
+    matrix = model.head(params, states)[1]
+    np.testing.assert_allclose(model.logits(params, states), states @ matrix, rtol=1e-4, atol=1e-5)
+    assert params["codebook"]["columns"].shape == (D, head["codes"] * head.get("groups", 1))
+    assert 0.5 < float(jnp.std(model.logits(params, states))) < 2.0
+    if "groups" in head:
+        assert len(np.unique(codes_of(model.config.head, V), axis=1).T) == V
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"kind": "codes"}, "needs codes of at least 1"),
+        ({"kind": "linear", "codes": 4}, "belong to kind='codes'"),
+        ({"kind": "codes", "codes": 3, "groups": 2}, "tell 9 tokens apart, and vocab_size=13"),
+        ({"kind": "codes", "codes": 3, "clusters": (0, 3)}, "numbers from 0 to 3"),
+        ({"kind": "codes", "codes": 3, "clusters": (0, 1)}, "has 2 numbers for vocab_size=13"),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(head, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(BASE, head=HeadSpec(**head))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlm.models import blockwise
-from mlm.models.config import StackConfig
+from mlm.models.config import HeadSpec, StackConfig
 from mlm.models.positions import rotate
 from mlm.models.presets import (
     bert_style,
@@ -29,6 +29,7 @@ from tests.models import rows
 from tests.models.rows import logits_of
 
 V, S, T = 23, 9, 7
+CODES = HeadSpec(kind="codes", codes=5, groups=2, bias=True, multiply=0.7)
 GEMMA = {"d_model": 12, "d_ff": 10, "heads": 4, "kv_heads": 2, "head_dim": 4, "vocab_size": V}
 
 
@@ -116,6 +117,7 @@ MEMBERS = {
     "xlm_r_xl": partial(BERT, order="pre"),
     "eurobert": partial(LLAMA, rope=PositionSpec(kind="rope", base=250.0), encoder=True),
     "llama": partial(LLAMA, rope=PositionSpec(kind="rope", factor=4.0, context=12), tied=True),
+    "codes": lambda: dataclasses.replace(LLAMA(rope=PositionSpec(kind="rope")), head=CODES),
     "factorised": factorised,
     "glm": partial(glm_style, d_model=12, d_ff=10, heads=3, layers=2, vocab_size=V),
     "deep": deep,
@@ -175,7 +177,7 @@ def test_scanned_equals_unrolled_in_value_and_gradient(member):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale), got, want)
 
 
-@pytest.mark.parametrize("name", ["t5", "t5gemma", "eurobert", "xlm_r", "factorised"])
+@pytest.mark.parametrize("name", ["t5", "t5gemma", "eurobert", "xlm_r", "factorised", "codes"])
 def test_the_loss_by_slices_is_the_loss_of_the_logits(name):
     """Its gradient too: a multiplier, a cap, a matrix of its own, a transform with a bias per token."""
     model, params = made(name)
