@@ -298,7 +298,7 @@ def test_blockwise_attention_equals_plain_in_value_and_gradient(member, monkeypa
     batch = {
         f"{side}_{name}": x
         for side in ("encoder", "decoder")
-        for name, x in (("input_tokens", tokens), ("segment_ids", segments))
+        for name, x in (("input_tokens", tokens), ("segment_ids", segments), ("language_ids", segments))
     }
     if not model.config.encoder:
         batch["decoder_causal_attention"] = jnp.array([[1] * 4 + [0] * 5 + [1] * 3 + [0] * 8, [1] * 11 + [0] * 9])
