@@ -1,15 +1,19 @@
-"""Output matrices made of a few shared columns: which columns each token of the vocabulary is the sum of."""
+"""Heads whose columns are fewer than the tokens: sums of shared columns, or a softmax over clusters and one within."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mlm.models.config import HeadSpec
 from mlm.models.layers import parameter
 from mlm.types import Axes
 
 _AXES: Axes = ("embed", "codes")
+_NEVER = -1e10  # finite, so that its gradient is 0 and not NaN
 
 
 def codes_of(head: HeadSpec, vocab_size: int) -> Int[np.ndarray, "groups V"]:
@@ -56,3 +60,66 @@ class Codebook(nnx.Module):
         columns = self.columns[...].astype(states.dtype)
         few = jnp.einsum("BTD,DK->BTK", states, columns, preferred_element_type=jnp.float32)
         return sum(few[..., group] for group in codes_of(self.head, self.vocab_size))
+
+
+class Within(NamedTuple):
+    """What a target costs beyond the choice of its cluster: -log p(target | cluster) in nats; is it first there."""
+
+    nll: Float[Array, "B T"]
+    correct: Bool[Array, "B T"]
+
+
+class TwoLevel(nnx.Module):
+    """log p(i) = log softmax(y C)[c_i] + log softmax over the tokens j of that cluster of (y U e_j + b_j), at i.
+
+    U: [D, rank], e: [V, rank]. A loss needs the K columns and the target's own cluster only. Initial std: D^-1/2 of C
+    and U, rank^-1/2 of e. Source: Goodman 2001 (class-based softmax).
+    """
+
+    def __init__(self, width: int, head: HeadSpec, vocab_size: int, rngs: nnx.Rngs):
+        rank = head.rank or 0
+        self.head, self.vocab_size = head, vocab_size
+        self.columns = parameter(rngs, (width, head.codes), width**-0.5, _AXES)
+        self.down = parameter(rngs, (width, rank), width**-0.5, ("embed", "rank"))
+        self.tokens = parameter(rngs, (vocab_size, rank), rank**-0.5, ("vocab", "rank"))
+
+    def clusters(self) -> Int[np.ndarray, "V"]:
+        return codes_of(self.head, self.vocab_size)[0]
+
+    def within(
+        self, states: Float[Array, "B T D"], targets: Int[Array, "B T"], bias: Float[Array, "V"] | None
+    ) -> Within:
+        """Of the targets in their own clusters; the vectors of a cluster are gathered for each."""
+        others = jnp.asarray(self._members())[jnp.asarray(self.clusters())[targets]]  # [B, T, n]
+        real, at = others < self.vocab_size, jnp.minimum(others, self.vocab_size - 1)
+        vectors = self.tokens[...].astype(states.dtype)[at]
+        logits = jnp.einsum("BTr,BTnr->BTn", self._lowered(states), vectors, preferred_element_type=jnp.float32)
+        logits = jnp.where(real, logits if bias is None else logits + bias[at], _NEVER)
+        label = jnp.sum(jnp.where(others == targets[..., None], logits, 0.0), axis=-1)
+        top = jnp.max(logits, axis=-1)
+        alone = jnp.sum(logits == top[..., None], axis=-1) == 1
+        return Within(jax.nn.logsumexp(logits, axis=-1) - label, (label == top) & alone)
+
+    def log_probs(self, states: Float[Array, "B T D"], bias: Float[Array, "V"] | None) -> Float[Array, "B T V"]:
+        """Of all tokens, exactly, in nats."""
+        members, clusters = self._members(), self.clusters()
+        columns = self.columns[...].astype(states.dtype)
+        first = jax.nn.log_softmax(jnp.einsum("BTD,DK->BTK", states, columns, preferred_element_type=jnp.float32))
+        vectors = self.tokens[...].astype(states.dtype)
+        logits = jnp.einsum("BTr,Vr->BTV", self._lowered(states), vectors, preferred_element_type=jnp.float32)
+        logits = logits if bias is None else logits + bias
+        padded = jnp.pad(logits, ((0, 0), (0, 0), (0, 1)), constant_values=_NEVER)
+        return first[..., clusters] + logits - jax.nn.logsumexp(padded[..., members], axis=-1)[..., clusters]
+
+    def _lowered(self, states: Float[Array, "B T D"]) -> Float[Array, "B T r"]:
+        return jnp.einsum("BTD,Dr->BTr", states, self.down[...].astype(states.dtype))
+
+    def _members(self) -> Int[np.ndarray, "K n"]:
+        """The tokens of every cluster; V fills up."""
+        clusters = self.clusters()
+        sizes = np.bincount(clusters, minlength=self.head.codes)
+        order = np.argsort(clusters, kind="stable")
+        places = np.arange(self.vocab_size) - (np.cumsum(sizes) - sizes)[clusters[order]]
+        members = np.full((self.head.codes, sizes.max()), self.vocab_size)
+        members[clusters[order], places] = order
+        return members

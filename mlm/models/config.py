@@ -22,7 +22,7 @@ from mlm.registry import nearest
 
 REMAT_POLICIES = ("none", "minimal", "dots", "full")
 ATTENTION_PATHS = ("plain", "blockwise", "cudnn", "splash")
-HEADS = ("linear", "tied", "codes")
+HEADS = ("linear", "tied", "codes", "two_level")
 OFFSETS = ("language", "script")
 DTYPES = ("float32", "bfloat16")
 
@@ -130,8 +130,9 @@ class HeadSpec:
     (decoder's) input table; codes: each token's column is the sum of one out of `codes` shared columns in each of
     `groups` groups. In one group tokens share a column, by number in `clusters` (or else neighbouring ids do), and only
     a bias tells them apart: without it a token of a cluster of n cannot cost less than ln n nats (`codes.floor`). Codes
-    save parameters, and time in decoding; the loss spreads the columns and costs what a linear head's does. Products
-    are multiplied by `multiply`, and logits bounded by softcap * tanh(logits / softcap).
+    save parameters, and time in decoding; the loss spreads the columns and costs what a linear head's does. two_level:
+    a softmax over `codes` clusters, then one within the target's, of `rank`. Products are multiplied by `multiply`, and
+    logits bounded by softcap * tanh(logits / softcap).
 
     mlm_transform: the states first pass LayerNorm(gelu(x W + b)), as in BERT and XLM-R. bias: a number per token is
     added to the products. offsets: vectors of the "language", or of its "script", that are added to the last states
@@ -152,16 +153,21 @@ class HeadSpec:
     def __post_init__(self):
         check_choice("HeadSpec", "kind", self.kind, HEADS)
         check_positive(self, "rank")
-        if self.rank and self.kind != "linear":
+        if self.rank and self.kind not in ("linear", "two_level"):
             raise ValueError(
-                f"HeadSpec: rank={self.rank} belongs to kind='linear', not {self.kind!r}; a tied head has its input "
-                "table's, EmbeddingSpec.rank"
+                f"HeadSpec: rank={self.rank} belongs to kind='linear' or 'two_level', not {self.kind!r}; a tied head "
+                "has its input table's, EmbeddingSpec.rank"
             )
         check_positive(self, "groups")
-        if (self.kind == "codes") != (self.codes > 0) or (self.kind != "codes" and self.groups > 1):
+        if (self.kind in ("codes", "two_level")) != (self.codes > 0) or (self.kind != "codes" and self.groups > 1):
             raise ValueError(
                 f"HeadSpec: codes={self.codes} and groups={self.groups} belong to kind='codes', which needs codes of "
-                f"at least 1; kind={self.kind!r}"
+                f"at least 1; kind={self.kind!r} ('two_level' too needs codes, in one group)"
+            )
+        if self.kind == "two_level" and (self.rank is None or (self.multiply, self.softcap) != (1.0, None)):
+            raise ValueError(
+                f"HeadSpec: kind='two_level' needs the rank of its softmax within clusters, found {self.rank}, and has "
+                f"no logits to scale: multiply={self.multiply} and softcap={self.softcap} must be 1.0 and None"
             )
         if self.clusters and (self.groups > 1 or not 0 <= min(self.clusters) <= max(self.clusters) < self.codes):
             raise ValueError(

@@ -26,6 +26,9 @@ def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> 
     last = config.decoder or config.encoder
     rank = config.head.rank if config.head.kind == "linear" else last and last.embedding.rank
     head = rank * (config.d_model + config.vocab_size) if rank else config.d_model * config.vocab_size
+    if config.head.kind == "two_level":  # the mean cluster stands for the target's
+        members = config.vocab_size / config.head.codes
+        head = config.d_model * config.head.codes + (config.head.rank or 0) * (config.d_model + members)
     if config.head.kind == "codes":
         head = config.d_model * config.head.groups * config.head.codes
     head += config.d_model**2 if config.head.mlm_transform else 0

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.codes import Codebook
+from mlm.models.codes import Codebook, TwoLevel, Within
 from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
 from mlm.models.language import Bridge, Offsets, languages_of_sources
@@ -49,6 +49,19 @@ class Output(NamedTuple):
     taps: dict[str, Array]
 
 
+class Prediction(NamedTuple):
+    """What a loss reads: -log p(target) = -log softmax(cap(states @ matrix + bias))[target] + within.nll.
+
+    within: None but for a head of two levels, whose targets and columns are those of clusters.
+    """
+
+    states: Float[Array, "B T K"]
+    matrix: Float[Array, "K V"]
+    bias: Float[Array, "V"] | None
+    targets: Int[Array, "B T"]
+    within: Within | None
+
+
 class Ends(nnx.Module):
     """Input tables, what the head owns, the bridge between the stacks. Initial std: the tables' as their stack says,
     D^-1/2 of the head.
@@ -64,7 +77,9 @@ class Ends(nnx.Module):
         self._add_table("embedding", size, width, last.embedding, rngs)
         if not config.share_embedding and len(stacks) == 2:
             self._add_table("encoder_embedding", size, config.memory_width, stacks["encoder"].embedding, rngs)
-        if rank := config.head.rank:
+        if config.head.kind == "two_level":
+            self.two_level = TwoLevel(width, config.head, size, rngs)
+        elif rank := config.head.rank:
             self.head_down = parameter(rngs, (width, rank), width**-0.5, ("embed", "rank"))
             self.head = parameter(rngs, (rank, size), rank**-0.5, ("rank", "vocab"))
         elif config.head.kind == "codes":
@@ -248,8 +263,9 @@ class Transformer:
         head, whose first factor the states have passed.
         """
         head = self.config.head
-        if head.mlm_transform:
-            hidden = self._bind_ends(params).transform(hidden)
+        if head.kind == "two_level":
+            raise ValueError("a head of two levels has no one matrix for all tokens; ask for `prediction` or `logits`")
+        hidden = self._transformed(params, hidden)
         down = params["head_down"] if head.rank else None
         if head.kind == "tied" and "embedding_up" in params:
             down = params["embedding_up"].T
@@ -261,8 +277,19 @@ class Transformer:
             matrix = params["head"] if head.kind == "linear" else self._table(params).T
         return hidden, matrix if head.multiply == 1.0 else matrix * head.multiply, params.get("head_bias")
 
+    def prediction(self, params: Params, hidden: Hidden, targets: Int[Array, "B T"]) -> Prediction:
+        """What the loss of these targets is made of, whatever the head."""
+        if self.config.head.kind != "two_level":
+            return Prediction(*self.head(params, hidden), targets, None)
+        hidden, parts = self._transformed(params, hidden), self._bind_ends(params).two_level
+        within = parts.within(hidden, targets, params.get("head_bias"))
+        return Prediction(hidden, parts.columns[...], None, jnp.asarray(parts.clusters())[targets], within)
+
     def logits(self, params: Params, hidden: Hidden) -> Logits:
-        """Float32 logits over the vocabulary, in nats."""
+        """Float32 logits over the vocabulary, in nats; of a head of two levels, log-probabilities."""
+        if self.config.head.kind == "two_level":
+            parts = self._bind_ends(params).two_level
+            return parts.log_probs(self._transformed(params, hidden), params.get("head_bias"))
         hidden, kernel, bias = self.head(params, hidden)
         if self.config.head.kind == "codes":
             logits = self.config.head.multiply * self._bind_ends(params).codebook.products(hidden)
@@ -312,6 +339,9 @@ class Transformer:
         hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self._placement, prefix)
         hidden = self._offset(params, hidden, cache["languages"][:, None] if "languages" in cache else None)
         return self.logits(params, hidden), hidden, {**cache, "self": own}
+
+    def _transformed(self, params: Params, hidden: Hidden) -> Hidden:
+        return self._bind_ends(params).transform(hidden) if self.config.head.mlm_transform else hidden
 
     def _table(self, params: Params) -> Float[Array, "V K"]:
         """The input table that a tied head reads, the first factor of one with a rank."""

@@ -131,20 +131,20 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
     objective = OBJECTIVES[config.objective]
     if model.config.decoder is None:
         raise ValueError(f"objective {config.objective!r} predicts decoder targets, and this model has no decoder")
+    if config.candidates is not None and model.config.head.kind == "two_level":
+        raise ValueError(f"candidates={config.candidates}: a head of two levels normalises over few tokens by itself")
 
     def loss_of(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
         output = model(params, batch, key, languages=languages)
-        hidden, kernel, bias = model.head(params, output.hidden)
-        read = batch
+        hidden, kernel, bias, targets, within = model.prediction(params, output.hidden, batch["decoder_target_tokens"])
         if config.candidates is not None and key is not None:
-            targets = batch["decoder_target_tokens"]
-            kernel, bias, places = narrowed(kernel, bias, targets, config.candidates, config.neighbours)
-            read = {**batch, "decoder_target_tokens": places}
+            kernel, bias, targets = narrowed(kernel, bias, targets, config.candidates, config.neighbours)
         loss = objective(
             hidden,
             kernel,
-            read,
+            {**batch, "decoder_target_tokens": targets},
             bias=bias,
+            within=within,
             num_languages=languages,
             z_loss=config.z_loss,
             label_smoothing=config.label_smoothing,

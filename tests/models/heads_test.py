@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlm.evaluation.language_loss import TokenLosses
 from mlm.models.codes import codes_of, floor
 from mlm.models.config import HeadSpec
 from mlm.models.flops import training_flops
 from mlm.models.presets import t5_style
 from mlm.models.specs import EmbeddingSpec
 from mlm.models.transformer import Transformer
+from mlm.objectives import token_cross_entropy
+from mlm.training.trainer import TrainConfig, make_loss
 from tests.models import rows
 from tests.models.rows import logits_of
 
@@ -64,7 +67,7 @@ def test_parameters_flops_and_first_values_of_a_factorised_table():
 def test_ranks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="choose one of them"):
         EmbeddingSpec(rank=3, fix_norm=True)
-    with pytest.raises(ValueError, match=r"rank=3 belongs to kind='linear'.*EmbeddingSpec.rank"):
+    with pytest.raises(ValueError, match=r"rank=3 belongs to kind='linear'.*not 'tied'.*EmbeddingSpec.rank"):
         HeadSpec(kind="tied", rank=3)
     ranked = dataclasses.replace(BASE.encoder, embedding=EmbeddingSpec(rank=3))
     with pytest.raises(ValueError, match=r"encoder.embedding.rank=3, decoder.embedding.rank=None"):
@@ -141,3 +144,75 @@ def test_few_products_are_those_of_the_spread_matrix(head):
 def test_codes_that_do_not_fit_are_refused(head, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BASE, head=HeadSpec(**head))
+
+
+TWO_LEVEL = {"kind": "two_level", "codes": 4, "rank": 3, "bias": True, "mlm_transform": True}
+
+
+@pytest.fixture(scope="module")
+def two_level():
+    """(model, parameters away from their first values); clusters of 1, 5, 3 and 4 tokens, not in order."""
+    clusters = (1, 3, 1, 2, 3, 1, 0, 1, 3, 2, 3, 1, 2)
+    model = Transformer(dataclasses.replace(BASE, head=HeadSpec(**TWO_LEVEL, clusters=clusters)))
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), model.shapes())
+
+
+def test_two_levels_are_a_softmax_of_clusters_times_one_within(two_level):
+    """In NumPy, cluster by cluster; the probabilities of all tokens sum to 1."""
+    model, params = two_level
+    states = np.random.default_rng(1).normal(size=(1, 2, D)).astype(np.float32)
+    p = jax.tree.map(np.asarray, params)
+    y = np.asarray(model._transformed(params, jnp.asarray(states)))
+    want, clusters = np.zeros((1, 2, V)), np.array(model.config.head.clusters)
+    first = np.exp(y @ p["two_level"]["columns"])
+    within = np.exp(y @ p["two_level"]["down"] @ p["two_level"]["tokens"].T + p["head_bias"])
+    for i, c in enumerate(clusters):
+        want[..., i] = first[..., c] / first.sum(-1) * within[..., i] / within[..., clusters == c].sum(-1)
+    got = jnp.exp(model.logits(params, jnp.asarray(states)))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(jnp.sum(got, axis=-1), 1.0, rtol=1e-5)
+
+
+def test_the_loss_of_two_levels_is_that_of_its_probabilities(two_level):
+    """Its gradient too, accuracy, and the evaluation's losses per token; no logits of all tokens are made."""
+    model, params = two_level
+    positions = np.broadcast_to(np.arange(4), (2, 4))
+    batch = {**BATCH, "decoder_target_tokens": jnp.array([[3, 4, 1, 0], [3, 1, 12, 6]]), "decoder_positions": positions}
+    batch["decoder_loss_weights"] = jnp.array([[1.0, 1.0, 0.5, 0.0], [1.0, 1.0, 0.0, 1.0]])
+    train = make_loss(model, TrainConfig(steps=1, z_loss=0.0, loss_chunk=2), 3)
+
+    def of_log_probs(params):
+        log_probs = model.logits(params, model(params, batch).hidden)
+        loss, stats = token_cross_entropy(log_probs, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+        return loss, stats
+
+    def of_prediction(params):
+        loss = train(params, batch, None)
+        return loss.sum, loss.metrics
+
+    (got, metrics), got_grads = jax.jit(jax.value_and_grad(of_prediction, has_aux=True))(params)
+    (want, stats), want_grads = jax.jit(jax.value_and_grad(of_log_probs, has_aux=True))(params)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got_grads, want_grads)
+    np.testing.assert_allclose(metrics["nll"][0], got, rtol=1e-5)
+    np.testing.assert_allclose(
+        TokenLosses(model)(params, {name: np.asarray(x) for name, x in batch.items()}), stats.nll, rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="no one matrix"):
+        model.head(params, jnp.ones((1, 1, D)))
+    with pytest.raises(ValueError, match="candidates=9: a head of two levels"):
+        make_loss(model, TrainConfig(steps=1, candidates=9), 3)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({**TWO_LEVEL, "rank": None}, "needs the rank of its softmax within clusters, found None"),
+        ({**TWO_LEVEL, "softcap": 30.0}, "softcap=30.0 must be 1.0 and None"),
+        ({**TWO_LEVEL, "codes": 0}, "'two_level' too needs codes"),
+    ],
+)
+def test_two_levels_that_do_not_fit_are_refused(head, message):
+    with pytest.raises(ValueError, match=message):
+        HeadSpec(**head)
