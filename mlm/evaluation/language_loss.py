@@ -110,14 +110,15 @@ class TokenLosses:
         return jax.device_get(self._run(params, jax.device_put(used, self._rows)))
 
     def _nll(self, params: Params, batch: dict[str, Array]) -> Float[Array, "B T"]:
-        hidden, kernel, bias = self.model.head(params, self.model(params, batch).hidden)
-        target = batch["decoder_target_tokens"]
+        states = self.model(params, batch).hidden
+        hidden, kernel, bias, target, within = self.model.prediction(params, states, batch["decoder_target_tokens"])
         mesh = None if self._rows is None else self._rows.mesh
         weights = jnp.ones(target.shape, jnp.float32)
         softcap = self.model.config.head.softcap
-        return head_cross_entropy(
+        nll = head_cross_entropy(
             hidden, kernel, target, weights, bias=bias, softcap=softcap, chunk=self._chunk, mesh=mesh
         )[1].nll
+        return nll if within is None else nll + within.nll
 
 
 _READ = (

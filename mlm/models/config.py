@@ -22,7 +22,7 @@ from mlm.registry import nearest
 
 REMAT_POLICIES = ("none", "minimal", "dots", "full")
 ATTENTION_PATHS = ("plain", "blockwise", "cudnn", "splash")
-HEADS = ("linear", "tied")
+HEADS = ("linear", "tied", "codes", "two_level")
 OFFSETS = ("language", "script")
 DTYPES = ("float32", "bfloat16")
 
@@ -126,8 +126,13 @@ class StackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """What leaves. linear: a matrix of its own; tied: the (decoder's) input table. Its products are multiplied by
-    `multiply`, and logits bounded by softcap * tanh(logits / softcap).
+    """What leaves. linear: a matrix of its own, or with a `rank` a product of [D, rank] and [rank, V]; tied: the
+    (decoder's) input table; codes: each token's column is the sum of one out of `codes` shared columns in each of
+    `groups` groups. In one group tokens share a column, by number in `clusters` (or else neighbouring ids do), and only
+    a bias tells them apart: without it a token of a cluster of n cannot cost less than ln n nats (`codes.floor`). Codes
+    save parameters, and time in decoding; the loss spreads the columns and costs what a linear head's does. two_level:
+    a softmax over `codes` clusters, then one within the target's, of `rank`. Products are multiplied by `multiply`, and
+    logits bounded by softcap * tanh(logits / softcap).
 
     mlm_transform: the states first pass LayerNorm(gelu(x W + b)), as in BERT and XLM-R. bias: a number per token is
     added to the products. offsets: vectors of the "language", or of its "script", that are added to the last states
@@ -139,10 +144,36 @@ class HeadSpec:
     softcap: float | None = None
     mlm_transform: bool = False
     bias: bool = False
+    rank: int | None = None
+    codes: int = 0
+    groups: int = 1
+    clusters: tuple[int, ...] = ()
     offsets: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_choice("HeadSpec", "kind", self.kind, HEADS)
+        check_positive(self, "rank")
+        if self.rank and self.kind not in ("linear", "two_level"):
+            raise ValueError(
+                f"HeadSpec: rank={self.rank} belongs to kind='linear' or 'two_level', not {self.kind!r}; a tied head "
+                "has its input table's, EmbeddingSpec.rank"
+            )
+        check_positive(self, "groups")
+        if (self.kind in ("codes", "two_level")) != (self.codes > 0) or (self.kind != "codes" and self.groups > 1):
+            raise ValueError(
+                f"HeadSpec: codes={self.codes} and groups={self.groups} belong to kind='codes', which needs codes of "
+                f"at least 1; kind={self.kind!r} ('two_level' too needs codes, in one group)"
+            )
+        if self.kind == "two_level" and (self.rank is None or (self.multiply, self.softcap) != (1.0, None)):
+            raise ValueError(
+                f"HeadSpec: kind='two_level' needs the rank of its softmax within clusters, found {self.rank}, and has "
+                f"no logits to scale: multiply={self.multiply} and softcap={self.softcap} must be 1.0 and None"
+            )
+        if self.clusters and (self.groups > 1 or not 0 <= min(self.clusters) <= max(self.clusters) < self.codes):
+            raise ValueError(
+                f"HeadSpec.clusters must number one of codes={self.codes} columns for every token, from 0, in one "
+                f"group; found numbers from {min(self.clusters)} to {max(self.clusters)} and groups={self.groups}"
+            )
         for offset in self.offsets:
             check_choice("HeadSpec", "offsets", offset, OFFSETS)
         check_above_zero(self, "multiply", "softcap")
@@ -204,7 +235,23 @@ class ModelConfig:
                     f"joint attention reads encoder and decoder with the same matrices: encoder_width="
                     f"{self.encoder_width} must be d_model={self.d_model}"
                 )
+        if self.share_embedding and len({stack.embedding.rank for stack in self.stacks().values()}) > 1:
+            raise ValueError(
+                f"one table serves both stacks, so their ranks must agree: encoder.embedding.rank="
+                f"{encoder and encoder.embedding.rank}, decoder.embedding.rank={decoder and decoder.embedding.rank}"
+            )
+        self._check_codes()
         self._check_languages()
+
+    def _check_codes(self) -> None:
+        head = self.head
+        if head.clusters and len(head.clusters) != self.vocab_size:
+            raise ValueError(f"HeadSpec.clusters has {len(head.clusters)} numbers for vocab_size={self.vocab_size}")
+        if head.groups > 1 and head.codes**head.groups < self.vocab_size:
+            raise ValueError(
+                f"HeadSpec: codes={head.codes} in groups={head.groups} tell {head.codes**head.groups} tokens apart, "
+                f"and vocab_size={self.vocab_size}: raise one of them"
+            )
 
     def _check_languages(self) -> None:
         norms = {stack.norm.languages for stack in self.stacks().values()}

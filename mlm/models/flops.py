@@ -23,8 +23,20 @@ def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> 
     if config.bridge:
         total += 6.0 * config.memory_width**2 * source
     predicted = target if config.decoder else source
-    columns = config.vocab_size + (config.d_model if config.head.mlm_transform else 0)
-    return rows * (total + 6.0 * config.d_model * columns * predicted)
+    last = config.decoder or config.encoder
+    rank = config.head.rank if config.head.kind == "linear" else last and last.embedding.rank
+    head = rank * (config.d_model + config.vocab_size) if rank else config.d_model * config.vocab_size
+    if config.head.kind == "two_level":  # the mean cluster stands for the target's
+        members = config.vocab_size / config.head.codes
+        head = config.d_model * config.head.codes + (config.head.rank or 0) * (config.d_model + members)
+    if config.head.kind == "codes":
+        head = config.d_model * config.head.groups * config.head.codes
+    head += config.d_model**2 if config.head.mlm_transform else 0
+    for name, length in (("encoder", source), ("decoder", target)):
+        stack = config.stacks().get(name)
+        width = config.memory_width if name == "encoder" else config.d_model
+        total += 6.0 * (stack.embedding.rank or 0) * width * length if stack else 0.0
+    return rows * (total + 6.0 * head * predicted)
 
 
 def _stack(stack: StackConfig, d_model: int, memory_width: int, length: int, memory: int) -> float:

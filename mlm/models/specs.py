@@ -359,7 +359,8 @@ class EmbeddingSpec:
     example, plus `offset`). sinusoidal: fairseq's, sines then cosines, first position `offset`. token_type: one learned
     row is added to every token (what is left of BERT's sentence numbers in XLM-R). gradient: share of the gradient that
     reaches the table (GLM-130B uses 0.1). fix_norm: rows are first divided by their lengths, also those of a tied head;
-    then `multiply` is the length of all of them (Nguyen & Chiang 2018; QKNorm's recipe has D^1/2).
+    then `multiply` is the length of all of them (Nguyen & Chiang 2018; QKNorm's recipe has D^1/2). rank: the table is a
+    product F P of [V, rank] and [rank, D], also in a tied head (ALBERT, OFA).
     """
 
     multiply: float = 1.0
@@ -371,10 +372,16 @@ class EmbeddingSpec:
     norm: bool = False
     gradient: float = 1.0
     fix_norm: bool = False
+    rank: int | None = None
 
     def __post_init__(self):
         check_choice("EmbeddingSpec", "positions", self.positions, ABSOLUTE_POSITIONS)
-        check_positive(self, "length")
+        check_positive(self, "length", "rank")
+        if self.rank and self.fix_norm:
+            raise ValueError(
+                f"EmbeddingSpec: rank={self.rank} with fix_norm=True would need the whole table F P at every step, to "
+                "know its rows' lengths; choose one of them"
+            )
         check_above_zero(self, "multiply", "std", "gradient")
         if (self.positions == "learned") != (self.length is not None):
             raise ValueError(

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mlm.models.codes import Codebook, TwoLevel, Within
 from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
 from mlm.models.language import Bridge, Offsets, languages_of_sources
 from mlm.models.layers import Norm, Pass, cap, parameter, product, unit_rows, zeros
 from mlm.models.paths import path_of
 from mlm.models.routing import Routed
-from mlm.models.specs import FFNSpec, NormSpec
+from mlm.models.specs import EmbeddingSpec, FFNSpec, NormSpec
 from mlm.models.stack import Stack
 from mlm.registry import nearest
 from mlm.types import (
@@ -48,22 +49,42 @@ class Output(NamedTuple):
     taps: dict[str, Array]
 
 
+class Prediction(NamedTuple):
+    """What a loss reads: -log p(target) = -log softmax(cap(states @ matrix + bias))[target] + within.nll.
+
+    within: None but for a head of two levels, whose targets and columns are those of clusters.
+    """
+
+    states: Float[Array, "B T K"]
+    matrix: Float[Array, "K V"]
+    bias: Float[Array, "V"] | None
+    targets: Int[Array, "B T"]
+    within: Within | None
+
+
 class Ends(nnx.Module):
     """Input tables, what the head owns, the bridge between the stacks. Initial std: the tables' as their stack says,
     D^-1/2 of the head.
 
-    One table serves both stacks, or "encoder_embedding" the encoder and "embedding" the decoder and a tied head.
+    One table serves both stacks, or "encoder_embedding" the encoder and "embedding" the decoder and a tied head. A
+    table of some rank has its second factor in "…_up", of std rank^-1/2; a head's first is "head_down".
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, width = config.vocab_size, config.d_model
         stacks = config.stacks()
         last = stacks[next(reversed(stacks))]
-        self.embedding = parameter(rngs, (size, width), last.embedding.initial_std, ("vocab", "embed"))
+        self._add_table("embedding", size, width, last.embedding, rngs)
         if not config.share_embedding and len(stacks) == 2:
-            std = stacks["encoder"].embedding.initial_std
-            self.encoder_embedding = parameter(rngs, (size, config.memory_width), std, ("vocab", "embed"))
-        if config.head.kind == "linear":
+            self._add_table("encoder_embedding", size, config.memory_width, stacks["encoder"].embedding, rngs)
+        if config.head.kind == "two_level":
+            self.two_level = TwoLevel(width, config.head, size, rngs)
+        elif rank := config.head.rank:
+            self.head_down = parameter(rngs, (width, rank), width**-0.5, ("embed", "rank"))
+            self.head = parameter(rngs, (rank, size), rank**-0.5, ("rank", "vocab"))
+        elif config.head.kind == "codes":
+            self.codebook = Codebook(width, config.head, size, rngs)
+        elif config.head.kind == "linear":
             self.head = parameter(rngs, (width, size), width**-0.5, ("embed", "vocab"))
         if config.head.bias:
             self.head_bias = zeros((size,), ("vocab",))
@@ -73,6 +94,12 @@ class Ends(nnx.Module):
             self.bridge = Bridge(config.memory_width, config.languages)
         if config.languages and config.head.offsets:
             self.offsets = Offsets(width, config.head.offsets, config.languages, config.scripts)
+
+    def _add_table(self, name: str, size: int, width: int, spec: EmbeddingSpec, rngs: nnx.Rngs) -> None:
+        columns, axis = (width, "embed") if spec.rank is None else (spec.rank, "rank")
+        setattr(self, name, parameter(rngs, (size, columns), spec.initial_std, ("vocab", axis)))
+        if spec.rank:
+            setattr(self, f"{name}_up", parameter(rngs, (columns, width), columns**-0.5, ("rank", "embed")))
 
 
 class MLMTransform(nnx.Module):
@@ -227,21 +254,47 @@ class Transformer:
         """The parameters after loss-free balancing, by the load that each stack's mixtures reported in `Output`."""
         return params | {name: self._stacks[name].rebalanced(params[name], own) for name, own in load.items()}
 
-    def head(self, params: Params, hidden: Hidden) -> tuple[Hidden, Float[Array, "D V"], Float[Array, "V"] | None]:
+    def head(
+        self, params: Params, hidden: Hidden
+    ) -> tuple[Float[Array, "B T K"], Float[Array, "K V"], Float[Array, "V"] | None]:
         """(states, matrix, bias) of the logits cap(states @ matrix + bias): for a loss that never holds them all.
 
-        The matrix holds the head's multiplier (D^-1/2 for T5 with a tied head).
+        The matrix holds the head's multiplier (D^-1/2 for T5 with a tied head). K is D, or the rank of a factorised
+        head, whose first factor the states have passed.
         """
         head = self.config.head
-        if head.mlm_transform:
-            hidden = self._bind_ends(params).transform(hidden)
-        matrix = params["head"] if head.kind == "linear" else self._table(params).T
+        if head.kind == "two_level":
+            raise ValueError("a head of two levels has no one matrix for all tokens; ask for `prediction` or `logits`")
+        hidden = self._transformed(params, hidden)
+        down = params["head_down"] if head.rank else None
+        if head.kind == "tied" and "embedding_up" in params:
+            down = params["embedding_up"].T
+        if down is not None:
+            hidden = product(hidden, down.astype(hidden.dtype))
+        if head.kind == "codes":
+            matrix = self._bind_ends(params).codebook.matrix()
+        else:
+            matrix = params["head"] if head.kind == "linear" else self._table(params).T
         return hidden, matrix if head.multiply == 1.0 else matrix * head.multiply, params.get("head_bias")
 
+    def prediction(self, params: Params, hidden: Hidden, targets: Int[Array, "B T"]) -> Prediction:
+        """What the loss of these targets is made of, whatever the head."""
+        if self.config.head.kind != "two_level":
+            return Prediction(*self.head(params, hidden), targets, None)
+        hidden, parts = self._transformed(params, hidden), self._bind_ends(params).two_level
+        within = parts.within(hidden, targets, params.get("head_bias"))
+        return Prediction(hidden, parts.columns[...], None, jnp.asarray(parts.clusters())[targets], within)
+
     def logits(self, params: Params, hidden: Hidden) -> Logits:
-        """Float32 logits over the vocabulary, in nats."""
+        """Float32 logits over the vocabulary, in nats; of a head of two levels, log-probabilities."""
+        if self.config.head.kind == "two_level":
+            parts = self._bind_ends(params).two_level
+            return parts.log_probs(self._transformed(params, hidden), params.get("head_bias"))
         hidden, kernel, bias = self.head(params, hidden)
-        logits = jnp.einsum("BTD,DV->BTV", hidden, kernel.astype(self._dtype), preferred_element_type=jnp.float32)
+        if self.config.head.kind == "codes":
+            logits = self.config.head.multiply * self._bind_ends(params).codebook.products(hidden)
+        else:
+            logits = jnp.einsum("BTD,DV->BTV", hidden, kernel.astype(self._dtype), preferred_element_type=jnp.float32)
         return cap(logits if bias is None else logits + bias, self.config.head.softcap)
 
     def unrolled(self, params: Params) -> Params:
@@ -287,8 +340,11 @@ class Transformer:
         hidden = self._offset(params, hidden, cache["languages"][:, None] if "languages" in cache else None)
         return self.logits(params, hidden), hidden, {**cache, "self": own}
 
-    def _table(self, params: Params) -> Float[Array, "V D"]:
-        """The input table that a tied head reads."""
+    def _transformed(self, params: Params, hidden: Hidden) -> Hidden:
+        return self._bind_ends(params).transform(hidden) if self.config.head.mlm_transform else hidden
+
+    def _table(self, params: Params) -> Float[Array, "V K"]:
+        """The input table that a tied head reads, the first factor of one with a rank."""
         last = next(reversed(self.config.stacks().values()))
         return unit_rows(params["embedding"]) if last.embedding.fix_norm else params["embedding"]
 
@@ -326,8 +382,9 @@ class Transformer:
         return self._ends.bind({name: value for name, value in params.items() if name not in self._stacks})
 
     def _rows(self, params: Params, stack: str, tokens: Int[Array, "B T"]) -> Hidden:
-        """Rows of the stack's input table."""
+        """Rows of the stack's input table, F[tokens] P where it has a rank."""
         if stack == "decoder" and self.config.start_token:
             tokens = jnp.where(tokens == PAD_ID, self.config.start_token, tokens)
-        own = f"{stack}_embedding"
-        return params[own if own in params else "embedding"].astype(self._dtype)[tokens]
+        name = f"{stack}_embedding" if f"{stack}_embedding" in params else "embedding"
+        rows = params[name].astype(self._dtype)[tokens]
+        return product(rows, params[f"{name}_up"].astype(self._dtype)) if f"{name}_up" in params else rows

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mlm.objectives.cross_entropy import head_cross_entropy
 from mlm.types import Batch, Hidden
@@ -35,8 +35,12 @@ def text_to_text(
     softcap: float | None = None,
     chunk: int | None = None,
     mesh: Mesh | AbstractMesh | None = None,
+    within: tuple[Float[Array, "B T"], Bool[Array, "B T"]] | None = None,
 ) -> Loss:
     """Cross-entropy of the decoder's final states against the target tokens. Options as in `head_cross_entropy`.
+
+    within: where targets are clusters of tokens, what each token costs within its own, in nats, and whether it is first
+    there; z-loss and smoothing are those of the clusters.
 
     Metrics, each (sum, weight): nll and z_loss in nats per token, accuracy, padding (share of target positions without
     weight), and per language id language_nll, language_target_tokens, language_source_tokens, language_examples. The
@@ -56,6 +60,10 @@ def text_to_text(
         chunk=chunk,
         mesh=mesh,
     )
+    if within is not None:
+        total = total + jnp.sum(within[0] * weights)
+        more, correct = jax.lax.stop_gradient(within)
+        stats = stats._replace(nll=stats.nll + more, correct=stats.correct & correct)
     weight = jnp.sum(weights)
     targets = batch["decoder_language_ids"]
     firsts = (batch["decoder_positions"] == 0) & (batch["decoder_segment_ids"] > 0)

@@ -26,7 +26,9 @@ RULES: Rules = (  # logical axis, mesh axis or axes (None: whole on every device
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("embed", "fsdp"),
+    ("rank", "fsdp"),
     ("routes", None),
+    ("codes", None),
     ("groups", ("replica", "data", "fsdp")),  # rows of tokens while they are at the experts of other devices
     ("slots", None),
     ("languages", None),

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mlm.models.config import ModelConfig
 from mlm.models.transformer import Transformer
 from mlm.objectives import OBJECTIVES, Loss
+from mlm.objectives.candidates import narrowed
 from mlm.parallel import MeshPlacement, check_sizes, shardings
 from mlm.registry import nearest
 from mlm.training.optimizers import state_axes
@@ -28,8 +29,10 @@ class TrainConfig:
     """How the parameters move.
 
     steps: updates in the whole run. z_loss: weight of (log Z)^2 in nats. loss_chunk: target positions per piece of the
-    head (None: chosen from the sizes). ema_decay: 0 keeps no mean. on_nonfinite: "stop" the run, or "skip" the update
-    and count it. precision of activations is the model's `dtype`.
+    head (None: chosen from the sizes). candidates: tokens that a training step normalises over, the targets of the
+    microbatch and the `neighbours` nearest to each (None: all; `objectives.candidates`), so that its loss is a lower
+    bound of that of an evaluation, which takes all. ema_decay: 0 keeps no mean. on_nonfinite: "stop" the run, or "skip"
+    the update and count it. precision of activations is the model's `dtype`.
     """
 
     steps: int
@@ -39,12 +42,14 @@ class TrainConfig:
     z_loss: float = 1e-4
     label_smoothing: float = 0.0
     loss_chunk: int | None = None
+    candidates: int | None = None
+    neighbours: int = 50
     ema_decay: float = 0.0
     on_nonfinite: str = "stop"
 
     def __post_init__(self):
-        for name in ("steps", "microbatches"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "microbatches", "candidates", "neighbours"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name}={getattr(self, name)} must be at least 1")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"TrainConfig.ema_decay={self.ema_decay} must be in [0, 1); T5 runs use 0, EMA runs 0.999")
@@ -126,15 +131,20 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
     objective = OBJECTIVES[config.objective]
     if model.config.decoder is None:
         raise ValueError(f"objective {config.objective!r} predicts decoder targets, and this model has no decoder")
+    if config.candidates is not None and model.config.head.kind == "two_level":
+        raise ValueError(f"candidates={config.candidates}: a head of two levels normalises over few tokens by itself")
 
     def loss_of(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
         output = model(params, batch, key, languages=languages)
-        hidden, kernel, bias = model.head(params, output.hidden)
+        hidden, kernel, bias, targets, within = model.prediction(params, output.hidden, batch["decoder_target_tokens"])
+        if config.candidates is not None and key is not None:
+            kernel, bias, targets = narrowed(kernel, bias, targets, config.candidates, config.neighbours)
         loss = objective(
             hidden,
             kernel,
-            batch,
+            {**batch, "decoder_target_tokens": targets},
             bias=bias,
+            within=within,
             num_languages=languages,
             z_loss=config.z_loss,
             label_smoothing=config.label_smoothing,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlm.models import blockwise
-from mlm.models.config import StackConfig
+from mlm.models.config import HeadSpec, StackConfig
 from mlm.models.positions import rotate
 from mlm.models.presets import (
     bert_style,
@@ -29,6 +29,7 @@ from tests.models import rows
 from tests.models.rows import logits_of
 
 V, S, T = 23, 9, 7
+CODES = HeadSpec(kind="codes", codes=5, groups=2, bias=True, multiply=0.7)
 GEMMA = {"d_model": 12, "d_ff": 10, "heads": 4, "kv_heads": 2, "head_dim": 4, "vocab_size": V}
 
 
@@ -67,6 +68,14 @@ def deep():
         )
     }
     return dataclasses.replace(plain, **stacks)
+
+
+def factorised():
+    """Input tables of rank 5 and 4, one of them tied."""
+    config = dataclasses.replace(T5(tied=True), share_embedding=False)
+    ranks = {"encoder": 5, "decoder": 4}
+    stacks = {n: dataclasses.replace(s, embedding=EmbeddingSpec(rank=ranks[n])) for n, s in config.stacks().items()}
+    return dataclasses.replace(config, **stacks)
 
 
 def languages():
@@ -108,6 +117,8 @@ MEMBERS = {
     "xlm_r_xl": partial(BERT, order="pre"),
     "eurobert": partial(LLAMA, rope=PositionSpec(kind="rope", base=250.0), encoder=True),
     "llama": partial(LLAMA, rope=PositionSpec(kind="rope", factor=4.0, context=12), tied=True),
+    "codes": lambda: dataclasses.replace(LLAMA(rope=PositionSpec(kind="rope")), head=CODES),
+    "factorised": factorised,
     "glm": partial(glm_style, d_model=12, d_ff=10, heads=3, layers=2, vocab_size=V),
     "deep": deep,
     "languages": languages,
@@ -166,7 +177,7 @@ def test_scanned_equals_unrolled_in_value_and_gradient(member):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale), got, want)
 
 
-@pytest.mark.parametrize("name", ["t5", "t5gemma", "eurobert", "xlm_r"])
+@pytest.mark.parametrize("name", ["t5", "t5gemma", "eurobert", "xlm_r", "factorised", "codes"])
 def test_the_loss_by_slices_is_the_loss_of_the_logits(name):
     """Its gradient too: a multiplier, a cap, a matrix of its own, a transform with a bias per token."""
     model, params = made(name)
@@ -287,7 +298,7 @@ def test_blockwise_attention_equals_plain_in_value_and_gradient(member, monkeypa
     batch = {
         f"{side}_{name}": x
         for side in ("encoder", "decoder")
-        for name, x in (("input_tokens", tokens), ("segment_ids", segments))
+        for name, x in (("input_tokens", tokens), ("segment_ids", segments), ("language_ids", segments))
     }
     if not model.config.encoder:
         batch["decoder_causal_attention"] = jnp.array([[1] * 4 + [0] * 5 + [1] * 3 + [0] * 8, [1] * 11 + [0] * 9])

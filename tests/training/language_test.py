@@ -24,7 +24,10 @@ def alone():
     return one_step(BATCH, AWARE)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "expert": 2}], ids=str)
+MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"data": 4, "expert": 2}, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_any_mesh_gives_the_numbers_of_one_device(alone, sizes):
     got, metrics = one_step(BATCH, AWARE, make_mesh(MeshConfig(**sizes)))
     assert_same(got.params, alone[0].params)
