@@ -1,6 +1,8 @@
 """A mixture-of-experts layer: useful work per second and core, against the usual ways to run one.
 
-    python bench/moe_layer.py [--experts 8 32 64] [--k 1 2] [--repeats 5] [--json FILE]
+    python bench/moe_layer.py [--experts 8 32 64] [--k 1 2] [--repeats 5] [--without ragged_dot] [--json FILE]
+
+All of it takes about twenty minutes, most of them ragged_dot's and torch's.
 
 One row of 2,048 tokens, width 512, experts of width 1,024 (ReLU), float32; the router is skewed on purpose. On a GPU
 (--gpu): 64 rows of 1,024 tokens, width 2,048, 64 experts of width 1,408, bfloat16. Useful work is that of the experts
@@ -120,6 +122,7 @@ LAYERS = {
     "one-hot dispatch": one_hot_layer,
     "dense": dense_layer,
 }
+TORCH = "torch, expert by expert"
 
 
 def make(name, shape, experts, k):
@@ -208,19 +211,19 @@ def check(results, name):
             raise SystemExit(f"{name}: {leaf} differs by {difference:.1e}")
 
 
-def run(shape, experts, k, repeats):
-    names = list(LAYERS)
+def run(shape, experts, k, repeats, without):
+    names = [name for name in LAYERS if name not in without]
     peers = {name: Peer(make, name, shape, experts, k) for name in names}
-    if shape == CPU:
+    if shape == CPU and TORCH not in without:
         try:
             import torch  # noqa: F401
 
-            peers["torch, expert by expert"] = Peer(torch_make, shape, experts, k)
+            peers[TORCH] = Peer(torch_make, shape, experts, k)
         except ImportError:
             pass
     results = {name: peer("results") for name, peer in peers.items()}
     if shape == CPU:  # bfloat16 peers round in other places
-        for name in ("ragged_dot", "torch, expert by expert"):
+        for name in ("ragged_dot", TORCH):
             if name in results:
                 check(results, name)
     work = 4 * k * shape["rows"] * shape["tokens"] * shape["width"] * shape["hidden"] / 1e9
@@ -256,11 +259,15 @@ def main():
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
+    others = [name for name in (*LAYERS, TORCH) if name != "ours, dropless"]
+    parser.add_argument("--without", nargs="+", default=[], choices=others, metavar="PEER", help=", ".join(others))
     parser.add_argument("--gpu", action="store_true", help="the shape for an accelerator")
     parser.add_argument("--json")
     options = parser.parse_args()
     shape = GPU if options.gpu else CPU
-    rows = [row for e in options.experts for k in options.k for row in run(shape, e, k, options.repeats)]
+    rows = [
+        row for e in options.experts for k in options.k for row in run(shape, e, k, options.repeats, options.without)
+    ]
     setting = {**shape, "skew": f"Dirichlet({SKEW})", **environment("jax", "torch")}
     report("Mixture-of-experts layer", setting, rows, options.json)
 
