@@ -38,7 +38,7 @@ def test_the_files_are_found():
 def test_a_run_file_is_a_plan(name):
     """resolve() refuses unused and undefined macros, required values without one, and values of the wrong type."""
     text = resolve(name).text
-    plan = train._plan()
+    plan = train.configured()
     assert plan.data.mixture
     assert plan.train.steps > 0
     assert plan.run_dir
@@ -61,7 +61,7 @@ def test_a_model_file_describes_a_model(name):
     from mlm.trees import count
 
     configuration.resolve([name, "gin/mixtures/quickstart.gin", PRETRAIN], REQUIRED)
-    model = train._plan().model
+    model = train.configured().model
     assert count(Transformer(model).shapes()) > 100_000
 
 
@@ -71,7 +71,7 @@ def test_a_mixture_file_names_a_registered_mixture(name):
 
     configuration.resolve(["gin/models/tiny.gin", name, PRETRAIN], REQUIRED)
     load_tasks()
-    assert get(train._plan().data.mixture)
+    assert get(train.configured().data.mixture)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -88,7 +88,7 @@ def test_the_quickstart_is_whole():
     text = resolve("gin/runs/quickstart.gin").text
     assert "schedule.name = 'cosine'" in text
     assert "schedule.name = 'inverse_sqrt'" not in text
-    plan = train._plan()
+    plan = train.configured()
     assert plan.report
     assert plan.data.mixture == "quickstart"
     assert plan.model.vocab_size == plan.data.load_vocabulary().vocab_size

@@ -17,7 +17,7 @@ def names():
 
 def plan(*files: str, overrides: tuple[str, ...] = ()):
     configuration.resolve(files or [RUN], overrides)
-    return train._plan()
+    return train.configured()
 
 
 def options(*arguments: str) -> list[str]:
@@ -38,7 +38,7 @@ def test_an_override_in_every_spelling(spelling):
     resolved = configuration.resolve([RUN], overrides)
     (change,) = resolved.changes
     assert re.fullmatch(r"data.batch_size: \d+ -> 64", change)
-    assert train._plan().data.batch_size == 64
+    assert train.configured().data.batch_size == 64
     assert "data.batch_size = 64" in resolved.text
 
 
@@ -182,5 +182,5 @@ def test_what_a_value_means_is_checked_when_the_plan_is_made(override, message):
 def test_a_configuration_without_a_run_says_what_is_missing():
     configuration.resolve(["gin/objectives/text_to_text.gin"], [])
     with pytest.raises(TypeError) as error:
-        train._plan()
+        train.configured()
     assert "sets no run.model" in configuration.explain(error.value)
