@@ -40,7 +40,9 @@ def test_a_command_line_has_flags_that_its_command_knows(line, capsys):
 
     command, *words = shlex.split(line, comments=True)[1:]
     module = importlib.import_module(f"mlm.cli.{COMMANDS[command][0]}")
-    sub = [words[0]] if words[0] in ("list", "show", "train", "from-hf", "to-hf", "from-t5x") else []
+    sub = (
+        [words[0]] if words[0] in ("list", "show", "train", "from-hf", "to-hf", "from-t5x", "upcycle", "prune") else []
+    )
     with pytest.raises(SystemExit):
         module.run([*sub, "--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
