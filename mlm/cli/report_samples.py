@@ -26,7 +26,9 @@ def sample(
     sources = [Source([int(token) for token in e.inputs], False) for e in examples.values()]
     if not sources:
         return [], []
-    before, after = ([best[0].text for best in model.decode(sources)] for model in (fresh, session))
+    languages = [e.language for e in examples.values()]
+    both = (model.decode(sources, languages=languages) for model in (fresh, session))
+    before, after = ([best[0].text for best in found] for found in both)
     translations, fill_ins = [], []
     for example, *written in zip(examples.values(), before, after, strict=True):
         text, reference = (session.vocabulary.decode(side.tolist()) for side in (example.inputs, example.targets))

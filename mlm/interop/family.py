@@ -144,7 +144,7 @@ def mathematics(config: ModelConfig) -> ModelConfig:
 
     def plain(stack):
         embedding = dataclasses.replace(stack.embedding, gradient=1.0)
-        residual = dataclasses.replace(stack.residual, gain=1.0)
+        residual = dataclasses.replace(stack.residual, gain=1.0, depth_exponent=0.0)
         group = tuple(LayerSpec(sublayers=tuple(map(_plain_routes, layer.sublayers))) for layer in stack.group)
         stack = dataclasses.replace(stack, group=group)
         return dataclasses.replace(

@@ -115,11 +115,13 @@ class Session:
         *,
         language_token: str = "source",
         ids: Sequence[int] | None = None,
+        languages: Sequence[int] | None = None,
         **options: Any,
     ) -> list[list[Hypothesis]]:
         """As `generate`, with scores and tokens.
 
-        texts: or what `encode` made of them. ids: numbers of the texts, the source of their randomness.
+        texts: or what `encode` made of them. ids: numbers of the texts, the source of their randomness. languages: ids
+        of the languages that a language-aware model is to write, where they are not all `to`.
         """
         given = [texts] if isinstance(texts, str) else list(texts)
         encoded = iter(self.encode([t for t in given if isinstance(t, str)], to, language_token=language_token))
@@ -128,7 +130,7 @@ class Session:
         if to is not None and language_token == "target":
             prompts = [[self.vocabulary.language_token(to)]] * len(sources)
         skip = 0 if prompts is None else 1
-        languages = self._languages(to, len(sources))
+        languages = languages or self._languages(to, len(sources))
         decoded = self.generator(method, options)(self.params, sources, prompts=prompts, ids=ids, languages=languages)
         return [
             [

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import seqio
@@ -92,6 +93,41 @@ def test_a_mixture_is_the_sum_of_its_tasks(session):
     nats = sum(t["loss"] * t["tokens"] for t in both["tasks"].values())
     assert both["loss"] == pytest.approx(nats / both["tokens"])
     json.dumps(both)
+
+
+@pytest.fixture(scope="module")
+def aware(session):
+    """The run's session with a model that keeps something for every language of the table."""
+    from mlm.data.languages import LANGUAGES
+    from mlm.models.presets import language_aware
+    from mlm.models.transformer import Transformer
+    from mlm.session import Session
+
+    parts = {"norms": True, "bridge": True, "offsets": ("language",)}
+    model = Transformer(language_aware(session.config, languages=len(LANGUAGES), **parts))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(np.float32), model.shapes())
+    kept = {
+        name: getattr(session, name) for name in ("run", "step", "parameters", "data", "extra", "vocabulary", "rows")
+    }
+    return Session(**kept, config=model.config, model=model, params=params, batch_size=8)
+
+
+def test_a_language_aware_model_is_told_the_language_of_each_example(aware):
+    from mlm.data.languages import language_id
+
+    fr, uk = language_id("fr"), language_id("uk")
+    result = aware.evaluate("tiny.en.fr", num_examples=1, max_length=8)
+    ((french,),), ((other,),) = (aware.decode("good day", languages=[n], max_length=8) for n in (fr, uk))
+    assert result["samples"][0]["prediction"] == french.text
+    assert french.tokens != other.tokens
+    targets = [[*aware.vocabulary.encode(t), 1] for t in ("дякую", "так")]
+    sources = [[*aware.vocabulary.encode(s), 1] for s in "ab"]
+    nats = aware.score_tokens(sources, targets, [uk, uk]).sum()
+    assert aware.evaluate("tiny.uk")["loss"] == pytest.approx(-nats / sum(map(len, targets)), rel=1e-5)
+    assert aware.decode("good day", to="fr", language_token="target", max_length=8)[0][0].text
+    with pytest.raises(ValueError, match='session by to="fr"'):
+        aware.decode("good day")
 
 
 def test_tables_and_files(tiny_run, session, capsys):

@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 KERNEL = jnp.asarray(RNG.normal(size=(D, V)), jnp.float32)
 BIAS = jnp.asarray(RNG.normal(size=V), jnp.float32)
 STATES = jnp.asarray(RNG.normal(size=(2, 5, D)), jnp.float32)
-TARGETS = jnp.asarray([[3, 3, 7, 39, 0], [7, 21, 3, 0, 0]])
+TARGETS = jnp.asarray([[3, 3, 7, 38, 0], [7, 21, 3, 0, 0]])
 
 
 def sampled(kernel, states, candidates, neighbours=3):
@@ -48,14 +48,14 @@ def test_fewer_give_a_lower_bound_and_leave_the_others_alone(candidates):
 def test_every_target_is_a_candidate_and_each_candidate_stands_once(neighbours):
     ids = chosen(KERNEL, TARGETS, 10, neighbours).tolist()
     assert len(set(ids)) == 10
-    assert {0, 3, 7, 21, 39} <= set(ids)
+    assert {0, 3, 7, 21, 38} <= set(ids)
     _, _, places = narrowed(KERNEL, None, TARGETS, 10, neighbours)
     np.testing.assert_array_equal(np.array(ids)[places], TARGETS)
 
 
 def test_the_others_are_those_nearest_to_most_targets():
     """By inner product in NumPy: 5 targets' lists of 4, counted."""
-    kernel, targets = np.asarray(KERNEL), [0, 3, 7, 21, 39]
+    kernel, targets = np.asarray(KERNEL), [0, 3, 7, 21, 38]
     votes = np.zeros(V)
     for target in targets:
         votes[np.argsort(-(kernel[:, target] @ kernel))[:4]] += 1
