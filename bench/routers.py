@@ -10,6 +10,7 @@ Writes OUTPUT/report.html, which stands alone.
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 from html import escape
@@ -62,8 +63,6 @@ def train(folder, experts, steps):
 
 def report(runs, experts, steps):
     """The page."""
-    import json
-
     from mlm.evaluation.report_plots import Line, lines
     from mlm.models.config import from_json
     from mlm.models.flops import idle_parameters, training_flops

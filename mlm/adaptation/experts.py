@@ -11,12 +11,12 @@ from jaxtyping import Array, Key
 
 from mlm.models.config import ModelConfig, StackConfig
 from mlm.models.depth import join_layers, split_layers
+from mlm.models.experts import WEIGHTS
 from mlm.models.specs import FFNSpec, LayerSpec
 from mlm.models.transformer import Transformer
 from mlm.trees import named_leaves
 from mlm.types import Params
 
-EXPERTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")  # arrays [E, …] of a mixture
 ROUTER = ("router", "router_bias")  # arrays [… E]
 
 
@@ -57,7 +57,7 @@ def _upcycled(
             layer[name] = was[name]
         elif isinstance(spec, FFNSpec) and spec.router and "ffn" in was:
             copies = {}
-            for leaf in (leaf for leaf in EXPERTS if leaf in new[name]):
+            for leaf in (leaf for leaf in WEIGHTS if leaf in new[name]):
                 source, shape = was["ffn"].get(leaf), new[name][leaf].shape
                 if source is None or source.shape != shape[1:]:
                     have = None if source is None else source.shape
@@ -122,7 +122,7 @@ def _with_experts(
             for sublayer in (n for n in spec.names() if n.startswith("moe")):
                 body, row = layers[index][sublayer], rows[number]
                 weights = None if usage is None else _weights(np.asarray(body["router"]), row, usage[name][number])
-                arrays = {n: fewer(body[n], row, weights) for n in EXPERTS if n in body}
+                arrays = {n: fewer(body[n], row, weights) for n in WEIGHTS if n in body}
                 routers = {n: body[n][..., jnp.asarray(row)] for n in ROUTER if n in body}
                 layers[index] = {**layers[index], sublayer: {**body, **arrays, **routers}}
                 number += 1

@@ -229,12 +229,8 @@ def _initial(plan: Plan, trainer: Any, vocabulary: Any) -> Any:
 
     Raises UsageError when that run's model computes something else, or its vocabulary is another.
     """
-    state = trainer.init()
     if plan.initial is None:
-        return state
-    import jax
-    import jax.numpy as jnp
-
+        return trainer.init()
     from mlm.checkpoints import Checkpointer, CheckpointError
     from mlm.checkpoints.run_directory import RunDirectory
     from mlm.data.vocabulary import check_same_vocabulary
@@ -253,8 +249,7 @@ def _initial(plan: Plan, trainer: Any, vocabulary: Any) -> Any:
     except (ValueError, CheckpointError) as error:
         raise UsageError(str(error)) from error
     screen.say(f"beginning with the parameters of {plan.initial}, step {restored.step}")
-    mean = None if state.ema is None else jax.tree.map(jnp.copy, restored.state)
-    return dataclasses.replace(state, params=restored.state, ema=mean)
+    return trainer.init(restored.state)
 
 
 def _restore(checkpointer: Any, abstract: Any) -> Any:

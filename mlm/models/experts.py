@@ -20,17 +20,19 @@ from mlm.models.routing import Choice, Plan, Probabilities, Real, Routed
 from mlm.models.specs import FFNSpec
 from mlm.types import Hidden, Params
 
-_AXES = {
-    "states": ("batch", None, None),
-    "experts": ("batch", None, None),
-    "gates": ("batch", None, None),
-    "drops": ("batch", "mlp"),
+WEIGHTS = {  # of all experts, and their logical axes
     "gate": ("experts", "embed", "mlp"),
     "up": ("experts", "embed", "mlp"),
     "down": ("experts", "mlp", "embed"),
     "gate_bias": ("experts", "mlp"),
     "up_bias": ("experts", "mlp"),
     "down_bias": ("experts", "embed"),
+}
+_ROWS = {
+    "states": ("batch", None, None),
+    "experts": ("batch", None, None),
+    "gates": ("batch", None, None),
+    "drops": ("batch", "mlp"),
 }
 
 
@@ -48,12 +50,11 @@ class MixtureOfExperts(nnx.Module):
         if self.routes.bias_rate:
             self.router_bias = zeros((experts,), ("routes",))
         scale = gain * self.routes.init
-        for name in ("gate", "up") if spec.gated else ("up",):
-            setattr(self, name, parameter(rngs, (experts, d_model, width), scale * d_model**-0.5, _AXES[name]))
-        self.down = parameter(rngs, (experts, width, d_model), scale * width**-0.5, _AXES["down"])
-        if spec.bias:
-            for name in ("gate", "up", "down") if spec.gated else ("up", "down"):
-                setattr(self, f"{name}_bias", zeros(getattr(self, name).shape[::2], _AXES[f"{name}_bias"]))
+        for name in ("gate", "up", "down") if spec.gated else ("up", "down"):
+            read, written = (width, d_model) if name == "down" else (d_model, width)
+            setattr(self, name, parameter(rngs, (experts, read, written), scale * read**-0.5, WEIGHTS[name]))
+            if spec.bias:
+                setattr(self, f"{name}_bias", zeros((experts, written), WEIGHTS[f"{name}_bias"]))
         if self.routes.shared:
             dense = FFNSpec(d_ff=self.routes.shared, activation=spec.activation, bias=spec.bias)
             self.shared = FeedForward(d_model, dense, gain, rngs)
@@ -128,20 +129,21 @@ class MixtureOfExperts(nnx.Module):
             x32 = x32 * jax.random.uniform(jitter, x.shape, jnp.float32, 1.0 - size, 1.0 + size)
         return jnp.einsum("BTD,DE->BTE", x32, self.router[...], precision=jax.lax.Precision.HIGHEST)
 
-    def _drops(self, groups: int, rate: float, key: Key[Array, ""] | None) -> Float[Array, "G F"]:
-        """Dropout inside the experts: factors shared by all tokens and experts of a group, whatever the layout."""
+    def _drops(self, groups: int, rate: float, key: Key[Array, ""] | None) -> Float[Array, "G F"] | None:
+        """Dropout inside the experts: factors shared by all tokens and experts of a group, whatever the layout. None:
+        nothing is dropped.
+        """
         rate = rate if self.routes.dropout is None else self.routes.dropout
         shape = (groups, self.spec.d_ff)
         if key is None or rate == 0.0:
-            return jnp.ones(shape)
+            return None
         return jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate)
 
     def _weights(self) -> Params:
-        names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-        return {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
+        return {name: getattr(self, name)[...] for name in WEIGHTS if hasattr(self, name)}
 
     def _buffered(
-        self, x: Float[Array, "G N D"], plan: Plan, drops: Float[Array, "G F"], its: Pass
+        self, x: Float[Array, "G N D"], plan: Plan, drops: Float[Array, "G F"] | None, its: Pass
     ) -> Float[Array, "G N D"]:
         """The capacity path: gather the slots, run every expert on its own, add the results up at their tokens."""
         weights = self._weights()
@@ -153,20 +155,24 @@ class MixtureOfExperts(nnx.Module):
             y = jnp.einsum("GECD,EDF->GECF", h, weights[name].astype(h.dtype))
             return y + weights[f"{name}_bias"].astype(h.dtype)[:, None] if self.spec.bias else y
 
-        drop = lambda h: h * drops[:, None, None].astype(h.dtype)  # noqa: E731
+        def drop(h: Array) -> Array:
+            return h if drops is None else h * drops[:, None, None].astype(h.dtype)
+
         y = feed_forward(self.spec, project, its.placement.constrain(slots, away), drop)
         y = its.placement.constrain(its.placement.constrain(y, away), home) * plan.gates[..., None]
         add = jax.vmap(lambda empty, at, value: empty.at[at].add(value))
         return add(jnp.zeros(padded.shape), plan.tokens, y)[:, :-1].astype(x.dtype)
 
     def _sorted(
-        self, x: Float[Array, "G N D"], choice: Choice, drops: Float[Array, "G F"], its: Pass
+        self, x: Float[Array, "G N D"], choice: Choice, drops: Float[Array, "G F"] | None, its: Pass
     ) -> Float[Array, "G N D"]:
         """The dropless path, each owner of experts serving the tokens that chose them."""
         weights = self._weights()
         bias = weights.pop("down_bias", None)
-        rows = {"states": x, "experts": choice.experts, "gates": choice.gates, "drops": drops}
-        y = its.placement.by_expert(partial(_serve, self.spec), rows, weights, _AXES)
+        rows = {"states": x, "experts": choice.experts, "gates": choice.gates}
+        if drops is not None:
+            rows["drops"] = drops
+        y = its.placement.by_expert(partial(_serve, self.spec), rows, weights, WEIGHTS | _ROWS)
         if bias is not None:  # here, because owners may hold only a part of the width that `down` sums over
             bias = jnp.pad(bias, ((0, 1), (0, 0)))[choice.experts]
             y = y + jnp.sum(bias * choice.gates[..., None], axis=2)
@@ -195,15 +201,17 @@ def _serve(spec: FFNSpec, rows: Params, weights: Params, first: int | Int[Array,
     held = weights["down"].shape[0]
     own = (experts >= first) & (experts < first + held)
     order, inverse, sizes = by_group(jnp.where(own, experts - first, held).reshape(-1), held)
-    group = order // (tokens * k)
     expert = jnp.clip(experts.reshape(-1)[order] - first, 0, held - 1)
 
     def project(h: Array, name: str) -> Array:
         y = grouped_matmul(h, weights[name].astype(h.dtype), sizes)
         return y + weights[f"{name}_bias"].astype(h.dtype)[expert] if f"{name}_bias" in weights else y
 
+    def drop(h: Array) -> Array:
+        return h * rows["drops"].astype(h.dtype)[order // (tokens * k)] if "drops" in rows else h
+
     pairs = permute(jnp.repeat(x.reshape(-1, x.shape[-1]), k, axis=0), order, inverse)
-    y = feed_forward(spec, project, pairs, lambda h: h * rows["drops"].astype(h.dtype)[group])
+    y = feed_forward(spec, project, pairs, drop)
     y = permute(y, inverse, order).reshape(groups, tokens, k, -1)
     return jnp.einsum("GNKD,GNK->GND", y.astype(jnp.float32), jnp.where(own, rows["gates"], 0.0))
 
@@ -246,7 +254,6 @@ def _record(
         choices=jnp.sum(load),
         dropped=dropped,
         load=load,
-        probability=jnp.sum(probs * weight, axis=(0, 1)),
         entropy=jnp.sum(-probs * jnp.log(jnp.maximum(probs, 1e-20)) * weight),
         z=jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * weight[..., 0]),
         languages=languages,

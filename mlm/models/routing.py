@@ -36,7 +36,7 @@ class Routed(NamedTuple):
 
     loss: router losses of every row, weighted, in nats; the only entry that gradients pass through. load: tokens that
     chose each expert. dropped: choices that found no slot (expert choice: tokens that no expert took). choices: load's
-    total. probability: sum of p. entropy: of p, in nats. z: logsumexp^2. languages: load by language id.
+    total. entropy: of p, in nats. z: logsumexp^2. languages: load by language id.
     """
 
     loss: Float[Array, "*n B"]
@@ -44,7 +44,6 @@ class Routed(NamedTuple):
     choices: Float[Array, "*n"]
     dropped: Float[Array, "*n"]
     load: Float[Array, "*n E"]
-    probability: Float[Array, "*n E"]
     entropy: Float[Array, "*n"]
     z: Float[Array, "*n"]
     languages: Float[Array, "*n L E"]

@@ -158,10 +158,10 @@ class Transformer:
 
         A model of one stack reads only that stack's features. Where a batch has "decoder_causal_attention" [B, T], the
         decoder's tokens with a 1, the prefix of an example, see each other both ways (prefix LM; T5X's name).
-        key: dropout key, or None for evaluation. languages:
-        number of language ids, to count each one's use of experts (0: not counted). taps: names out of `tap_names`;
-        each comes back as [layers that have it, …]. steering: stack -> what is added to its router logits, [n, B or 1,
-        T or 1, E] for its n mixtures by depth (-inf forbids an expert).
+        key: dropout key, or None for evaluation. languages: number of language ids, to count each one's use of experts
+        (0: not counted). taps: names out of `tap_names`; each comes back as [layers that have it, …]. steering: stack
+        -> what is added to its router logits, [n, B or 1, T or 1, E] for its n mixtures by depth (-1e10 forbids an
+        expert).
         A language-aware model (`ModelConfig.languages`) reads the target language off the ids of the decoder's tokens,
         or of the encoder's where it is alone. Raises KeyError, with the nearest name, for a tap that the model does not
         have, ValueError for a missing language.
@@ -235,14 +235,13 @@ class Transformer:
         """What `taps` can ask for: "encoder/hidden" (states after every layer), "decoder/ffn/activations",
         "encoder/moe/probabilities" and the like.
         """
-        kinds = {True: "activations", False: "probabilities"}
         names = []
         for stack, config in self.config.stacks().items():
             names.append(f"{stack}/hidden")
             for layer in config.group:
                 for name, spec in zip(layer.names(), layer.sublayers, strict=True):
                     if isinstance(spec, FFNSpec):
-                        names.append(f"{stack}/{name}/{kinds[spec.router is None]}")
+                        names.append(f"{stack}/{name}/{'probabilities' if spec.router else 'activations'}")
         return tuple(dict.fromkeys(names))
 
     def _check_taps(self, taps: Collection[str]) -> None:

@@ -1,5 +1,6 @@
 """A model's activations and experts on a mesh."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -36,9 +37,7 @@ class MeshPlacement(Placement):
         if mesh.size == 1:
             return super().by_expert(body, rows, weights, axes)
         over = tuple(axis for axis in ROW_AXES if mesh.shape.get(axis, 1) > 1)
-        parts = 1
-        for axis in over:
-            parts *= mesh.shape[axis]
+        parts = math.prod(mesh.shape[axis] for axis in over)
         divides = next(iter(rows.values())).shape[0] % parts == 0
         # The width that all experts share arrives whole: fsdp gathers it, as it does for dense layers.
         whole = {"embed"} if divides else {"embed", "batch"}

@@ -94,12 +94,14 @@ class Trainer:
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, scalar))
         self.evaluate_batch = jax.jit(partial(evaluation_step, loss_fn=loss_fn), out_shardings=scalar)
 
-    def _fresh(self, key: jax.Array) -> TrainState:
-        return init_state(self.model.init(key), self.optimizer, ema=self.config.ema_decay > 0)
-
-    def init(self) -> TrainState:
-        """The state before the first step, each device holding only its part."""
-        return jax.jit(self._fresh, out_shardings=self.shardings)(self._key)
+    def init(self, params: Params | None = None) -> TrainState:
+        """The state before the first step, each device holding only its part. params: in place of fresh ones; the state
+        takes their memory over.
+        """
+        begin = partial(init_state, optimizer=self.optimizer, ema=self.config.ema_decay > 0)
+        if params is None:
+            return jax.jit(lambda key: begin(self.model.init(key)), out_shardings=self.shardings)(self._key)
+        return jax.jit(begin, out_shardings=self.shardings, donate_argnums=0)(params)
 
     def check_batch(self, rows: int) -> None:
         """Raises ValueError when a global batch of `rows` rows does not divide over devices and microbatches."""
