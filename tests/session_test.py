@@ -47,6 +47,18 @@ def test_best_is_by_the_metric(tiny_run, one_device):
         mlm.load(tiny_run, "best", devices=one_device, best_metric="validation/los")
 
 
+def test_layers_can_be_kept_as_integers(tiny_run, session, one_device):
+    small = mlm.load(tiny_run, devices=one_device, batch_size=4, quantise="int8")
+    assert "layers as int8" in repr(small)
+    assert small.about("t", "s")["quantise"] == "int8"
+    assert small.params["encoder"]["layers"]["0"]["ffn"]["up"].values.dtype == "int8"
+    pairs = [("Hello", "Bonjour")]
+    np.testing.assert_allclose(small.score(pairs, to="fr"), session.score(pairs, to="fr"), rtol=0.02)
+    assert jax.tree.structure(small.untrained()) == jax.tree.structure(small.params)
+    with pytest.raises(ValueError, match="did you mean 'int8'"):
+        mlm.load(tiny_run, quantise="int88")
+
+
 def test_it_says_what_it_is(session):
     text = repr(session)
     for part in (

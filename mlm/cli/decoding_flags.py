@@ -39,6 +39,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="ema: their running mean; auto (default): the mean where the run kept one",
     )
+    parser.add_argument(
+        "--quantise",
+        choices=("int8", "int4"),
+        help="keep the matrices of the layers as integers, in a quarter or an eighth of their memory",
+    )
     parser.add_argument("--mesh", default="", metavar="data=4,tensor=2", help="how to split over the devices")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="examples per device call (default 32)")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -96,6 +101,7 @@ def open_session(flags: argparse.Namespace):
             parameters=flags.parameters,
             mesh=_mesh(flags.mesh),
             batch_size=flags.batch_size,
+            quantise=flags.quantise,
             best_metric=flags.best_metric,
             best_mode=flags.best_mode,
         )

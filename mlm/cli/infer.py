@@ -41,6 +41,7 @@ def run(arguments: list[str]) -> int:
         "run": str(session.run.path.absolute()),
         "step": session.step,
         "parameters": session.parameters,
+        "quantise": session.quantise,
         "vocabulary": session.vocabulary.digest,
         "to": flags.to,
         "language_token": flags.language_token,

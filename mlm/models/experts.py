@@ -204,7 +204,7 @@ def _serve(spec: FFNSpec, rows: Params, weights: Params, first: int | Int[Array,
     expert = jnp.clip(experts.reshape(-1)[order] - first, 0, held - 1)
 
     def project(h: Array, name: str) -> Array:
-        y = grouped_matmul(h, weights[name].astype(h.dtype), sizes)
+        y = grouped_matmul(h, weights[name], sizes)
         return y + weights[f"{name}_bias"].astype(h.dtype)[expert] if f"{name}_bias" in weights else y
 
     def drop(h: Array) -> Array:

@@ -10,23 +10,31 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from mlm.models.quantisation import Quantised
+
 # Rows of a block: few enough that a small group wastes little, enough that a block is worth its overhead. Measured.
-PRODUCT_ROWS, TRANSPOSED_ROWS, GRADIENT_ROWS = 16, 32, 64
+PRODUCT_ROWS, TRANSPOSED_ROWS, GRADIENT_ROWS = 16, 64, 64
 
 Rows = Float[Array, "N D"]
 Sizes = Int[Array, "E"]
+Matrices = Float[Array, "E D F"] | Quantised
 
 
-def grouped_matmul(x: Rows, weights: Float[Array, "E D F"], sizes: Sizes) -> Float[Array, "N F"]:
+def grouped_matmul(x: Rows, weights: Matrices, sizes: Sizes) -> Float[Array, "N F"]:
     """y_n = x_n W_e for the rows n of group e: the first sizes[0] rows, then the next sizes[1], …
 
-    Rows beyond the sum of sizes give zeros. Work and memory do not depend on how uneven the groups are.
+    The matrices are cast to the rows' type. Rows beyond the sum of sizes give zeros. Work and memory do not depend on
+    how uneven the groups are.
     """
-    return lax.platform_dependent(x, weights, sizes, cpu=blocked_matmul, default=lax.ragged_dot)
+
+    def ragged(x: Rows, weights: Matrices, sizes: Sizes) -> Array:
+        return lax.ragged_dot(x, weights.astype(x.dtype), sizes)
+
+    return lax.platform_dependent(x, weights, sizes, cpu=blocked_matmul, default=ragged)
 
 
 @jax.custom_vjp
-def blocked_matmul(x: Rows, weights: Float[Array, "E D F"], sizes: Sizes) -> Float[Array, "N F"]:
+def blocked_matmul(x: Rows, weights: Matrices, sizes: Sizes) -> Float[Array, "N F"]:
     """`grouped_matmul` as a loop over groups and, within one, over blocks of rows.
 
     A block may reach into the next group: the rows it spoils there are written again by that group's own blocks.
@@ -40,13 +48,17 @@ def _forward(x, weights, sizes):
 
 def _backward(saved, g):
     x, weights, sizes = saved
-    return _product(g, weights, sizes, TRANSPOSED_ROWS, transposed=True), _weight_gradient(x, g, sizes), None
+    return (
+        _product(g, weights, sizes, TRANSPOSED_ROWS, transposed=True),
+        _weight_gradient(x, g, sizes, weights.dtype),
+        None,
+    )
 
 
 blocked_matmul.defvjp(_forward, _backward)
 
 
-def _product(x: Array, weights: Array, sizes: Sizes, rows: int, *, transposed: bool) -> Array:
+def _product(x: Array, weights: Matrices, sizes: Sizes, rows: int, *, transposed: bool) -> Array:
     """x_n W_e, or x_n W_e^T, group by group."""
     padded = jnp.pad(x, ((0, rows), (0, 0)))
     out = jnp.zeros((padded.shape[0], weights.shape[1 if transposed else 2]), x.dtype)
@@ -54,9 +66,10 @@ def _product(x: Array, weights: Array, sizes: Sizes, rows: int, *, transposed: b
 
     def group(out: Array, its: tuple) -> tuple[Array, None]:
         matrix, start, end = its
+        own = matrix.astype(x.dtype)  # here, so that no second copy of all matrices is ever made
 
         def block(at: Array, out: Array) -> Array:
-            y = lax.dot_general(_slice(padded, at, rows), matrix, contract, preferred_element_type=x.dtype)
+            y = lax.dot_general(_slice(padded, at, rows), own, contract, preferred_element_type=x.dtype)
             return lax.dynamic_update_slice(out, jnp.where(_within(at, rows, end), y, 0), (at, 0))
 
         return _blocks(start, end, rows, block, out), None
@@ -65,7 +78,7 @@ def _product(x: Array, weights: Array, sizes: Sizes, rows: int, *, transposed: b
     return lax.scan(group, out, (weights, ends - sizes, ends))[0][: x.shape[0]]
 
 
-def _weight_gradient(x: Array, g: Array, sizes: Sizes) -> Array:
+def _weight_gradient(x: Array, g: Array, sizes: Sizes, dtype: jnp.dtype) -> Array:
     """x^T g of every group, summed in float32."""
     rows = GRADIENT_ROWS
     x_padded, g_padded = (jnp.pad(a, ((0, rows), (0, 0))) for a in (x, g))
@@ -79,7 +92,7 @@ def _weight_gradient(x: Array, g: Array, sizes: Sizes) -> Array:
             return lax.dot_general(_slice(x_padded, at, rows), own, contract, preferred_element_type=jnp.float32)
 
         total = _blocks(start + rows, end, rows, lambda at, total: total + product(at), product(start))
-        return None, total.astype(x.dtype)
+        return None, total.astype(dtype)
 
     ends = jnp.cumsum(sizes)
     return lax.scan(group, None, (ends - sizes, ends))[1]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mlm.parallel.mesh import ROW_AXES
-from mlm.parallel.rules import constrain, spec
+from mlm.parallel.rules import constrain, fitting, spec
 from mlm.types import Axes, Params, Placement, PyTree
 
 
@@ -42,8 +42,9 @@ class MeshPlacement(Placement):
         # The width that all experts share arrives whole: fsdp gathers it, as it does for dense layers.
         whole = {"embed"} if divides else {"embed", "batch"}
 
-        def specs(arrays: Params) -> dict[str, P]:
-            return {n: spec(tuple(None if a in whole else a for a in axes[n]), mesh, name=n) for n in arrays}
+        def specs(arrays: Params) -> dict[str, PyTree]:
+            split = {n: spec(tuple(None if a in whole else a for a in axes[n]), mesh, name=n) for n in arrays}
+            return {n: jax.tree.map(partial(fitting, split[n]), array) for n, array in arrays.items()}
 
         local = partial(_ring if divides else _all_rows, body, mesh)
         split = P(over) if divides and over else P()

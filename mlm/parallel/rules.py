@@ -67,6 +67,11 @@ def spec(axes: Axes, mesh: Mesh | AbstractMesh, rules: Rules = RULES, name: str 
     return P(*chosen)
 
 
+def fitting(partition: P, array: jax.Array | jax.ShapeDtypeStruct) -> P:
+    """The partition without the dimensions of size 1, as a quantised matrix has them where it keeps a scale."""
+    return P(*(None if size == 1 else target for size, target in zip(array.shape, partition, strict=True)))
+
+
 def shardings(shapes: PyTree, axes: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> PyTree:
     """A NamedSharding for every leaf of `shapes` (anything with .shape); `axes` holds a tuple of names for each.
 

@@ -2,16 +2,23 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mlm.checkpoints import CheckpointConfig, Checkpointer, CheckpointError, CorruptCheckpoint
 from mlm.checkpoints.run_directory import RunDirectory
 from mlm.models.config import from_json
+from mlm.models.quantisation import BITS, quantised
+from mlm.models.specs import check_choice
 from mlm.models.transformer import Transformer
 from mlm.parallel import MeshConfig, MeshPlacement, batch_sharding, make_mesh, shardings
+from mlm.parallel.rules import fitting
 from mlm.registry import nearest
 from mlm.session.session import Session
+from mlm.types import Params, PyTree
 
 PARAMETERS = ("auto", "params", "ema")
 
@@ -24,6 +31,7 @@ def load(
     mesh: MeshConfig | None = None,
     devices: Sequence[jax.Device] | None = None,
     batch_size: int = 32,
+    quantise: str | None = None,
     best_metric: str | None = None,
     best_mode: str = "min",
 ) -> "Session":
@@ -31,12 +39,15 @@ def load(
 
     step: a checkpoint's number, "latest" (as None), or "best" by `best_metric` (default: the held-out loss).
     parameters: "ema", the running mean, "params", or "auto": the mean where the run kept one. mesh: how to split over
-    the devices (default: rows over all); devices: some of them only. batch_size: examples per device call.
+    the devices (default: rows over all); devices: some of them only. batch_size: examples per device call. quantise:
+    "int8" or "int4", how the matrices of the layers are kept (`mlm.models.quantisation`).
     Raises CheckpointError for a directory without a run or checkpoint, ValueError naming both hashes when the
     vocabulary is not the one that the model was trained with.
     """
     if parameters not in PARAMETERS:
         raise ValueError(f"parameters={parameters!r} is not one of {PARAMETERS}; {nearest(parameters, PARAMETERS)}")
+    if quantise is not None:
+        check_choice("load", "quantise", quantise, tuple(BITS))
     run = RunDirectory(run_dir)
     config, data = from_json(run.read_json("model.json")), run.read_json("data.json")
     from mlm.data.vocabulary import check_same_vocabulary, load_vocabulary  # seconds, so not before the above is there
@@ -69,10 +80,23 @@ def load(
         extra=restored.extra,
         vocabulary=vocabulary,
         model=model,
-        params=restored.state,
+        params=restored.state if quantise is None else quantised_in_place(restored.state, quantise),
+        quantise=quantise,
         rows=batch_sharding(grid),
         batch_size=batch_size,
     )
+
+
+def quantised_in_place(params: Params, kind: str) -> Params:
+    """Integers lie where their matrices lay, scales as far as they have the dimensions."""
+    make = partial(quantised, kind=kind)
+
+    def place(array: jax.Array, made: PyTree) -> PyTree:
+        mesh, partition = array.sharding.mesh, array.sharding.spec
+        whole = P(*partition, *(None,) * (array.ndim - len(partition)))
+        return jax.tree.map(lambda leaf: NamedSharding(mesh, fitting(whole, leaf)), made)
+
+    return jax.jit(make, out_shardings=jax.tree.map(place, params, jax.eval_shape(make, params)))(params)
 
 
 def _step(checkpoints: Checkpointer, step: int | str | None, metric: str) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Key
 
 from mlm.checkpoints.run_directory import RunDirectory
 from mlm.decoding.config import DecodeConfig
@@ -16,6 +17,7 @@ from mlm.decoding.scoring import Scorer
 from mlm.evaluation.language_loss import LanguageLosses, Spelling, TokenLosses, language_losses
 from mlm.evaluation.results import combine, totals
 from mlm.models.config import ModelConfig
+from mlm.models.quantisation import quantised
 from mlm.models.transformer import Transformer
 from mlm.registry import nearest
 from mlm.trees import count
@@ -63,19 +65,22 @@ class Session:
         params: Params,
         rows: jax.sharding.NamedSharding,
         batch_size: int,
+        quantise: str | None = None,
     ):
         self.run, self.step, self.parameters, self.config = run, step, parameters, config
         self.data, self.extra, self.vocabulary = data, extra, vocabulary
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
+        self.quantise = quantise
         self._generators: dict[DecodeConfig, Generator] = {}
         self._scorer = Scorer(model, rows=rows, batch_size=batch_size)
         self._token_losses = TokenLosses(model, rows=rows)
 
     def __repr__(self) -> str:
         kind = "running mean of the parameters" if self.parameters == "ema" else "parameters"
+        kind += f", layers as {self.quantise}" if self.quantise else ""
         return (
-            f"Session of {self.run.path}, step {self.step} ({count(self.params):,} {kind})\n"
+            f"Session of {self.run.path}, step {self.step} ({count(self.model.shapes()):,} {kind})\n"
             f"  trained on {self.data['mixture']!r}: up to {self.data['inputs_length']} tokens in, "
             f"{self.data['targets_length']} out\n"
             f"  vocabulary {self.data['vocabulary']}: {self.vocabulary.vocab_size:,} ids, "
@@ -234,7 +239,12 @@ class Session:
     def untrained(self, seed: int = 0) -> Params:
         """Fresh parameters of the same model, split over the devices like the trained ones."""
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.params)
-        return jax.jit(self.model.init, out_shardings=placed)(jax.random.key(seed))
+
+        def fresh(key: Key[Array, ""]) -> Params:
+            params = self.model.init(key)
+            return params if self.quantise is None else quantised(params, self.quantise)
+
+        return jax.jit(fresh, out_shardings=placed)(jax.random.key(seed))
 
     def encode(
         self, texts: str | Sequence[str], to: str | None = None, *, language_token: str = "source"
@@ -299,5 +309,6 @@ class Session:
             "run": str(self.run.path),
             "step": self.step,
             "parameters": self.parameters,
+            "quantise": self.quantise,
             "vocabulary": self.vocabulary.digest,
         }
