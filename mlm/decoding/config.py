@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from mlm.decoding.beam import Beam
 from mlm.decoding.processors import PROCESSORS
+from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.selectors import Greedy, Sample
 from mlm.decoding.state import Processor, Selector
 from mlm.registry import Registry
@@ -20,12 +21,13 @@ class Method(NamedTuple):
     summary: str
 
 
+_GUESSING = ("proposer", "guesses")
 METHODS: Registry[Method] = Registry(
     "decoding method",
-    greedy=Method(lambda c: Greedy(), (), "the most probable token at every step"),
+    greedy=Method(lambda c: Greedy(), _GUESSING, "the most probable token at every step"),
     sample=Method(
         lambda c: Sample(c.n_best, c.seed),
-        ("n_best", "seed", "temperature", "top_k", "top_p", "min_p"),
+        ("n_best", "seed", "temperature", "top_k", "top_p", "min_p", *_GUESSING),
         "draws from the model's distribution, reshaped by temperature and truncations",
     ),
     beam=Method(
@@ -56,6 +58,8 @@ class DecodeConfig:
     top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off
     seed: int = 0
+    proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
+    guesses: int = 8  # tokens guessed a pass
 
     def __post_init__(self):
         allowed = (*_ALWAYS, *METHODS[self.method].options)
@@ -67,6 +71,11 @@ class DecodeConfig:
                     f"{field.name}={value!r} means nothing to method={self.method!r}; leave it at {field.default!r} "
                     f"or choose one of {users}"
                 )
+        PROPOSERS[self.proposer]
+        if self.proposer == "none" and self.guesses != type(self).guesses:
+            raise ValueError(
+                f"guesses={self.guesses} means nothing without a proposer; name one of {sorted(PROPOSERS)}"
+            )
         for name, rule, holds in _RULES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
@@ -79,6 +88,11 @@ class DecodeConfig:
     def selector(self) -> Selector:
         """The method's selector. `selector().group` decoding rows serve one example."""
         return METHODS[self.method].selector(self)
+
+    @property
+    def slots(self) -> int:
+        """Slots that a cache must have: of the longest row, and of the guesses behind it."""
+        return self.max_length + (0 if self.proposer == "none" else self.guesses + 1)
 
     def processors(self) -> tuple[Processor, ...]:
         """The processors that are switched on, in the order of `PROCESSORS`."""
@@ -102,5 +116,6 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("top_k", "an integer of at least 0 (0: off)", _integer(0)),
     ("top_p", "in (0, 1] (1: off)", lambda v: 0 < v <= 1),
     ("min_p", "in [0, 1] (0: off)", lambda v: 0 <= v <= 1),
+    ("guesses", "an integer of at least 1", _integer(1)),
     ("seed", "an integer of at least 0", _integer(0)),
 )

@@ -9,22 +9,31 @@ from jaxtyping import Array
 from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens, fill, pad, shards, target_languages
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.loop import decode
-from mlm.decoding.state import NEG_INF, Decoded
+from mlm.decoding.proposers import PROPOSERS, Inputs
+from mlm.decoding.state import NEG_INF, Decoded, Step
 from mlm.models.transformer import Transformer
-from mlm.types import Params, PyTree
+from mlm.types import EOS_ID, Params, PyTree
 
 
 class Generator:
     """Decodes token sequences with one model and one config; keep it, so that what it compiled is reused.
 
     rows: sharding of an array's first axis over the mesh, e.g. NamedSharding(mesh, P("data")); parameters stay where
-    their own shardings put them. batch_size: examples per device call at most.
+    their own shardings put them. batch_size: examples per device call at most. draft: the smaller model that
+    proposer="draft_model" asks.
     """
 
     def __init__(
-        self, model: Transformer, config: DecodeConfig, *, rows: NamedSharding | None = None, batch_size: int = 64
+        self,
+        model: Transformer,
+        config: DecodeConfig,
+        *,
+        rows: NamedSharding | None = None,
+        batch_size: int = 64,
+        draft: Transformer | None = None,
     ):
-        self.model, self.config = model, config
+        _check_draft(model, config, draft)
+        self.model, self.config, self.draft = model, config, draft
         self.compilations = 0  # shapes seen so far; each costs seconds once
         self._rows = rows
         self._shards = shards(rows)
@@ -40,15 +49,20 @@ class Generator:
         limits: Ints | None = None,
         ids: Ints | None = None,
         languages: Ints | None = None,
+        draft: Params | None = None,
     ) -> Decoded:
         """Results in the order of `sources`, as NumPy arrays; see `Decoded`, and `decode` for the options.
 
-        languages: target language id of each source, which a language-aware model asks for.
+        languages: target language id of each source, which a language-aware model asks for. draft: parameters of the
+        smaller model. A decoder alone goes on from its sources: they are the beginnings of its results.
         `passes` sums over batches. Raises ValueError for an empty source, a token outside the vocabulary, or a prompt
         that leaves no room below its limit.
         """
         count, width = len(sources), self.config.max_length
         check_tokens("source", sources, self.model.config.vocab_size)
+        if self.model.config.encoder is None:
+            told = [[]] * count if prompts is None else prompts
+            sources, prompts = [[EOS_ID]] * count, [[*s, *p] for s, p in zip(sources, told, strict=True)]
         limits = np.full(count, width) if limits is None else np.minimum(limits, width)
         ids = np.arange(count) if ids is None else np.asarray(ids)
         for name, given in (("prompts", prompts), ("limits", limits), ("ids", ids)):
@@ -63,6 +77,8 @@ class Generator:
                 )
         if prompts is not None:
             check_tokens("prompt", [p for p in prompts if len(p)], self.model.config.vocab_size)
+        if (draft is None) != (self.draft is None):
+            raise ValueError("the draft model and its parameters belong together: give both, or neither")
 
         to = target_languages(languages, count, self.model.config.languages)
 
@@ -71,13 +87,14 @@ class Generator:
         scores = np.full((count, best), NEG_INF, np.float32)
         found = np.zeros((count, best), np.int32)
         passes = 0
-        for chosen in batches([len(s) for s in sources], self._batch_size):
-            out = self._batch(params, chosen, sources, prompts, limits, ids, to)
+        for chosen in batches([len(s) + n for s, n in zip(sources, lengths, strict=True)], self._batch_size):
+            inputs = jax.device_put(self._inputs(chosen, sources, prompts, limits, ids, to), self._rows)
+            out = jax.device_get(self._run(params, inputs, draft))
             tokens[chosen], scores[chosen], found[chosen] = (x[: len(chosen)] for x in out[:3])
             passes += int(out.passes)
         return Decoded(tokens, scores, found, np.asarray(passes))
 
-    def _batch(self, params, chosen, sources, prompts, limits, ids, languages) -> Decoded:
+    def _inputs(self, chosen, sources, prompts, limits, ids, languages) -> dict[str, np.ndarray]:
         rows = min(bucket(-(-len(chosen) // self._shards), 1) * self._shards, self._batch_size)
         picked = [sources[i] for i in chosen]
         inputs = {
@@ -93,25 +110,37 @@ class Generator:
             longest = min(bucket(max(map(len, given)), 1), self.config.max_length)
             inputs["prompts"] = pad(given, rows, longest)
             inputs["prompt_lengths"] = fill([len(p) for p in given], rows, 0)
-        return jax.device_get(self._run(params, jax.device_put(inputs, self._rows)))
+        return inputs
 
-    def _decode(self, params: Params, inputs: dict[str, Array]) -> Decoded:
+    def _decode(self, params: Params, inputs: dict[str, Array], draft: Params | None = None) -> Decoded:
         self.compilations += 1  # runs while tracing only
-        params, sources = self.model.unrolled(params), inputs["sources"]
-        real = jnp.arange(sources.shape[1])[None] < inputs["source_lengths"][:, None]
-        to = inputs.get("languages")
-        encoded = self.model.encode(params, sources, real.astype(jnp.int32), languages=to)
-        rows = sources.shape[0] * self.config.selector().group
-        cache = self.model.init_cache(params, encoded, real, rows, self.config.max_length, to)
+        step, cache = self._opened(self.model, params, inputs)
+        drafting = None if self.draft is None or draft is None else self._opened(self.draft, draft, inputs)
+        group = self.config.selector().group
+        sources, lengths = (jnp.repeat(inputs[name], group, axis=0) for name in ("sources", "source_lengths"))
         return decode(
-            lambda tokens, cache: self.model.step(params, tokens, cache),
-            self._shard(cache),
+            step,
+            cache,
             self.config,
             ids=inputs["ids"],
             limits=inputs["limits"],
             prompts=inputs.get("prompts"),
             prompt_lengths=inputs.get("prompt_lengths"),
+            proposer=PROPOSERS[self.config.proposer].make(Inputs(sources, lengths, drafting), self.config.guesses),
         )
+
+    def _opened(self, model: Transformer, params: Params, inputs: dict[str, Array]) -> tuple[Step, PyTree]:
+        """A model's step over the sources it has read, and its empty cache."""
+        params, sources, to = model.unrolled(params), inputs["sources"], inputs.get("languages")
+        rows = sources.shape[0] * self.config.selector().group
+        encoded = real = None
+        if model.config.encoder is not None:
+            real = jnp.arange(sources.shape[1])[None] < inputs["source_lengths"][:, None]
+            encoded = model.encode(params, sources, real.astype(jnp.int32), languages=to)
+        elif to is not None:
+            to = jnp.repeat(to, rows // to.shape[0])
+        cache = model.init_cache(params, encoded, real, rows, self.config.slots, to)
+        return lambda tokens, cache: model.step(params, tokens, cache), self._shard(cache)
 
     def _shard(self, cache: PyTree) -> PyTree:
         """Fresh cache slots know no mesh yet; without this every device would hold all rows."""
@@ -125,3 +154,22 @@ class Generator:
             return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, spec))
 
         return jax.tree.map(place, cache)
+
+
+def _check_draft(model: Transformer, config: DecodeConfig, draft: Transformer | None) -> None:
+    """Raises ValueError where the draft model is missing, not asked for, or of another vocabulary or kind."""
+    wanted = config.proposer == "draft_model"
+    if wanted != (draft is not None):
+        raise ValueError(
+            f"proposer={config.proposer!r} {'needs a draft model and got none' if wanted else 'asks no draft model'}: "
+            "give draft together with proposer='draft_model'"
+        )
+    if draft is None:
+        return
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the draft model has a vocabulary of {draft.config.vocab_size} ids and the model one of "
+            f"{model.config.vocab_size}: a guess must mean the same token to both"
+        )
+    if (draft.config.encoder is None) != (model.config.encoder is None):
+        raise ValueError("the draft model must have an encoder where the model has one, and none where it has none")

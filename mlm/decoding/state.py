@@ -32,6 +32,7 @@ class State(NamedTuple):
     passes: Int[Array, ""]  # decoder passes made by the loop
     cache: PyTree
     search: PyTree  # the selector's own
+    proposal: PyTree = ()  # the proposer's own
 
 
 class Choice(NamedTuple):
@@ -68,6 +69,32 @@ class Selector(Protocol):
         """`logits` are the model's, for scores; `processed` are what the choice is made from."""
 
     def finish(self, state: State) -> Decoded: ...
+
+
+# (state, logits [R, V] of the next position, rows that take part [R]) -> state with one token more in those rows
+Extend = Callable[[State, Float[Array, "R V"], Bool[Array, "R"]], State]
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """Guesses the tokens that follow the pending one, so that one pass of the model may confirm several of them.
+
+    What is guessed decides how fast a row grows, never what it holds: a guess is kept only where the selector, having
+    read all before it, chooses the same token.
+    """
+
+    @property
+    def width(self) -> int:
+        """Guesses of a pass, W."""
+
+    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
+        """Its own state after the prompts. read: what the decoder was given, shifted right; `length` of it count."""
+
+    def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
+        """(guesses, its own state); -1: none. extend: how the search grows a row from given logits."""
+
+    def observe(self, own: PyTree, grown: Int[Array, "R"]) -> PyTree:
+        """Its own state after the pass, by which every row grew by so many tokens."""
 
 
 Processor = Callable[[Float[Array, "R V"], State], Float[Array, "R V"]]

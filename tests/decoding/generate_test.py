@@ -1,10 +1,15 @@
 """Shapes are reused, order is kept, bad input is refused before anything compiles."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
+from mlm.models.presets import llama_style
+from mlm.models.specs import PositionSpec
+from mlm.models.transformer import Transformer
 
 
 def test_a_mixed_workload_compiles_once_per_bucket(tiny):
@@ -62,3 +67,32 @@ def test_bad_input_is_refused_before_compiling(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         generator(tiny.params, **{"sources": [[3], [4]], **options})
     assert generator.compilations == 0
+
+
+def test_a_decoder_alone_goes_on_from_its_sources():
+    """Every result begins with its source and continues as whole passes do; ragged, and the same with guesses."""
+    config = llama_style(
+        vocab_size=12, d_model=16, d_ff=16, heads=2, kv_heads=1, layers=2, rope=PositionSpec(kind="rope")
+    )
+    model = Transformer(config)
+    params = model.init(jax.random.key(2))
+    logits = jax.jit(
+        lambda tokens: model.logits(
+            params,
+            model(params, {"decoder_input_tokens": tokens, "decoder_segment_ids": jnp.ones_like(tokens)}).hidden,
+        )
+    )
+    sources = [[5, 6, 7], [9], [3, 4, 3, 8, 2]]
+    found = Generator(model, DecodeConfig(max_length=9))(params, sources)
+    for i, source in enumerate(sources):
+        written = list(source)
+        while len(written) < 9 and written[len(source) :][-1:] != [1]:
+            shifted = np.zeros((1, 9), np.int32)
+            shifted[0, 1 : len(written) + 1] = written[:8]
+            written.append(int(logits(shifted)[0, len(written)].argmax()))
+        assert found.tokens[i, 0, : found.lengths[i, 0]].tolist() == written
+    guessing = DecodeConfig(max_length=9, proposer="draft_model", guesses=3)
+    again = Generator(model, guessing, draft=model)(params, sources, draft=params)
+    np.testing.assert_array_equal(again.tokens, found.tokens)
+    beams = Generator(model, DecodeConfig(max_length=9, method="beam", beams=2))(params, sources)
+    assert all(row[0, : len(source)].tolist() == source for row, source in zip(beams.tokens, sources, strict=True))

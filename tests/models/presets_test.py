@@ -1,0 +1,179 @@
+"""Every published member, in the small: the numbers of one device on any mesh, however its layers are run; cached
+decoding equals the whole pass.
+
+Sizes go, kinds stay: groups of layers, norms, positions, gates, heads, tied tables. Members of a family that then are
+equal are tried once.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlm.models.presets import PRESETS, preset
+from mlm.models.specs import AttentionSpec, LayerSpec
+from mlm.models.transformer import Transformer
+from mlm.objectives import token_cross_entropy
+from mlm.parallel import MeshConfig, MeshPlacement, batch_sharding, make_mesh, shardings
+from tests.training.step_test import assert_same, one_step
+from tests.training.toy import examples, rows_of
+
+V, D, F, K, HEADS = 64, 16, 16, 4, 4
+WIDER = 32  # an encoder of another width
+S, T = 16, 12
+LAYOUTS = {
+    "data": (MeshConfig(data=8), {"scan": False, "remat": "full"}),
+    "fsdp-tensor": (MeshConfig(data=1, fsdp=4, tensor=2), {"remat": "minimal"}),
+    "data-expert": (MeshConfig(data=2, expert=4), {"remat": "dots"}),
+}
+
+
+def small(name):
+    """The member with few and narrow layers. Dropout is off: what is compared must not depend on a draw."""
+    config = preset(name, vocab_size=V, dropout=0.0)
+
+    def stack(own):
+        group = tuple(LayerSpec(sublayers=tuple(map(_sublayer, layer.sublayers))) for layer in own.group)
+        embedding = dataclasses.replace(
+            own.embedding, length=own.embedding.length and S, multiply=_like(own.embedding.multiply, 4.0)
+        )
+        residual = dataclasses.replace(
+            own.residual, alpha=_like(own.residual.alpha, 1.5), gain=_like(own.residual.gain, 0.5)
+        )
+        repeats = min(own.repeats, 2)
+        return dataclasses.replace(own, group=group, repeats=repeats, embedding=embedding, residual=residual)
+
+    width = WIDER if config.encoder_width and config.encoder_width != config.d_model else None
+    stacks = {name: stack(own) for name, own in config.stacks().items()}
+    head = dataclasses.replace(config.head, multiply=_like(config.head.multiply, 0.25))
+    return dataclasses.replace(config, d_model=D, encoder_width=width, dtype="float32", head=head, **stacks)
+
+
+def _like(value, chosen):
+    """One number for all members that scale at all."""
+    return value if value in (1.0, None) else chosen
+
+
+def _sublayer(spec):
+    if isinstance(spec, AttentionSpec):
+        groups = None if spec.key_heads == spec.heads else 2
+        change = {"heads": HEADS, "kv_heads": groups, "head_dim": K, "window": 3 if spec.window else None}
+        change["scale"] = _like(spec.scale, 0.5)
+        if spec.position.kind == "rope":
+            change["position"] = dataclasses.replace(spec.position, base=100.0)
+        return dataclasses.replace(spec, **change)
+    router = spec.router
+    if router:
+        router = dataclasses.replace(
+            router,
+            experts=4,
+            k=min(router.k, 2),
+            shared=router.shared and 8,
+            gating_block=router.gating_block and 2,
+            group_rows=1,  # routing groups of several rows are not the same rows on every mesh
+            z=router.z and 1e-3,
+            jitter=0.0,
+            output_masking=0.0,
+            gating_dropout=0.0,
+            budget_dropout=0.0,
+            dropout=None,
+        )
+    return dataclasses.replace(spec, d_ff=F, router=router)
+
+
+KINDS = {}
+for _name in sorted(PRESETS):
+    KINDS.setdefault(small(_name), _name)
+
+
+def with_stacks(config, **change):
+    return dataclasses.replace(config, **{n: dataclasses.replace(s, **change) for n, s in config.stacks().items()})
+
+
+@pytest.fixture(scope="module", params=list(KINDS), ids=list(KINDS.values()))
+def member(request):
+    return request.param
+
+
+@pytest.mark.slow
+def test_a_step_is_that_of_one_device_however_it_runs(member):
+    """One update on 8 devices in three layouts, each with another way to run and to rematerialise the layers."""
+    batch = rows_of([[e] for e in examples(8)], S, T)
+    step = one_step if member.decoder else reader_step
+    want, want_metrics = step(batch, member)
+    for layout, (sizes, change) in LAYOUTS.items():
+        got, metrics = step(batch, with_stacks(member, **change), make_mesh(sizes))
+        np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-5, err_msg=layout)
+        assert_same(got.params, want.params, rtol=1e-4, atol=2e-5)
+
+
+def reader_step(batch, config, mesh=None):
+    """An update of an encoder alone: every token predicts itself."""
+    from mlm.training.state import TrainState
+
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    model = Transformer(config, MeshPlacement(mesh))
+    places = shardings(model.shapes(), model.axes(), mesh)
+    params = jax.jit(model.init, out_shardings=places)(jax.random.key(0))
+
+    def loss(params, batch):
+        logits = model.logits(params, model(params, batch).hidden)
+        weights = (batch["encoder_segment_ids"] > 0).astype(jnp.float32)
+        return token_cross_entropy(logits, batch["encoder_input_tokens"], weights)[0] / weights.sum()
+
+    @partial(jax.jit, out_shardings=(None, places))
+    def step(params, batch):
+        value, gradients = jax.value_and_grad(loss)(params, batch)
+        return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
+
+    value, params = step(params, jax.device_put(batch, batch_sharding(mesh)))
+    zero = np.zeros(())
+    return jax.device_get(TrainState(zero, zero, params, (), None)), {"loss": jax.device_get(value)}
+
+
+@pytest.mark.slow
+def test_cached_decoding_is_the_whole_pass(member):
+    """Position by position, behind a prompt of three; nothing is dropped."""
+    if not member.decoder:
+        pytest.skip("an encoder does not decode")
+    model = Transformer(_undropped(member))
+    params = model.init(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, rows_of([[e] for e in examples(2, seed=3)], S, T))
+    tokens = batch["decoder_input_tokens"]
+    batch |= {"decoder_segment_ids": jnp.ones_like(tokens)}
+    whole = jax.jit(lambda p: model.logits(p, model(p, batch).hidden))(params)
+    encoded = real = None
+    if member.encoder:
+        real = batch["encoder_segment_ids"] > 0
+        encoded = model.encode(params, batch["encoder_input_tokens"], batch["encoder_segment_ids"])
+    cache = model.init_cache(params, encoded, real, len(tokens), T)
+    step, found, at = jax.jit(model.step), [], 0
+    for size in (3, *(1,) * (T - 3)):
+        logits, _, cache = step(params, tokens[:, at : at + size], cache)
+        cache = {**cache, "length": cache["length"] + size}
+        found.append(logits)
+        at += size
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, rtol=1e-4, atol=2e-5)
+
+
+def _undropped(config):
+    """The member without capacities, which a decoding step does not have either."""
+
+    def free(spec):
+        router = getattr(spec, "router", None)
+        if router is None or router.kind != "top_k":
+            return spec
+        return dataclasses.replace(
+            spec, router=dataclasses.replace(router, capacity=None, eval_capacity=None, group_rows=1, priority="token")
+        )
+
+    stacks = {
+        name: dataclasses.replace(
+            own, group=tuple(LayerSpec(sublayers=tuple(map(free, layer.sublayers))) for layer in own.group)
+        )
+        for name, own in config.stacks().items()
+    }
+    return dataclasses.replace(config, **stacks)
