@@ -1,6 +1,6 @@
 """One training step of T5 1.1 small on the CPU: sequences per second against Hugging Face and a plain JAX port.
 
-    python bench/train_step.py [--flax DIR] [--quick] [--repeats 5] [--json results/train_step.json]
+    python bench/train_step.py [--flax DIR] [--kinds] [--quick] [--repeats 5] [--json results/train_step.json]
 
 4 rows of 512 source and 114 target tokens, float32, no dropout, AdamW, 2 threads. Every peer is alone in a process,
 starts from the same weights, sees the same batch and must give the same loss for three steps (1e-4) before anything is
@@ -9,7 +9,9 @@ timed; the peer in bfloat16 autocast is excused, and so is nobody else. "model G
 "dispatch" is the time for which a step of the tiny model keeps Python, while the step itself runs behind it.
 
 --flax DIR: Hugging Face's Flax T5 too, from a folder made by `pip install --target DIR transformers==4.57.6`, the last
-release that has it. --quick: the tiny model and short rows, to see that everything runs; its numbers say nothing.
+release that has it. --kinds: our own members instead, at equal FLOPs a token: dense against Switch-style sparse (8
+experts in every second layer), and the merged attention of T5Gemma 2 against a separate self- and cross-attention of
+the same heads. --quick: the tiny model and short rows, to see that everything runs; its numbers say nothing.
 """
 
 import argparse
@@ -37,10 +39,13 @@ import plain_port  # noqa: E402
 from mlm.data.batching import Example, Packer  # noqa: E402
 from mlm.models.config import ModelConfig  # noqa: E402
 from mlm.models.flops import training_flops  # noqa: E402
-from mlm.models.presets import preset  # noqa: E402
+from mlm.models.presets import gemma_3, preset, sparse  # noqa: E402
+from mlm.models.specs import NO_POSITION, LayerSpec, RouterSpec  # noqa: E402
+from mlm.models.transformer import Transformer  # noqa: E402
 from mlm.parallel import MeshConfig, global_batch, make_mesh  # noqa: E402
 from mlm.training.optimizers import make_optimizer  # noqa: E402
 from mlm.training.trainer import TrainConfig, Trainer  # noqa: E402
+from mlm.trees import count  # noqa: E402
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 DISPATCH_TARGET = 2e-3  # seconds
@@ -193,9 +198,66 @@ def check_equal(peers: dict[str, Peer]) -> list[float]:
     return expected
 
 
+def kinds() -> dict[str, ModelConfig]:
+    """Members of about the same work a token, unrolled."""
+    dense = preset("t5_1_1_small", scan=False)
+    merged = gemma_3(
+        d_model=512,
+        d_ff=1024,
+        heads=8,
+        kv_heads=2,
+        head_dim=64,
+        layers=6,
+        window=128,
+        factor=1.0,
+        encoder=True,
+        vocab_size=dense.vocab_size,
+    )
+    stacks = {name: replace(stack, scan=False) for name, stack in merged.stacks().items()}
+    merged = replace(merged, **stacks)
+
+    def apart(layer: LayerSpec) -> LayerSpec:
+        joint, ffn = layer.sublayers
+        own = replace(joint, source="self")
+        return LayerSpec(sublayers=(own, replace(own, source="cross", window=None, position=NO_POSITION), ffn))
+
+    separate = replace(merged.decoder, group=tuple(map(apart, merged.decoder.group)))
+    return {
+        "T5 1.1 small, dense": dense,
+        "sparse, dropless": sparse(dense, RouterSpec(experts=8), every=2),
+        "sparse, capacity 1.25": sparse(dense, RouterSpec(experts=8, capacity=1.25), every=2),
+        "T5Gemma 2, merged attention": merged,
+        "T5Gemma 2, separate attention": replace(merged, decoder=separate),
+    }
+
+
+def compare_kinds(rows: int, source: int, target: int, repeats: int, path: str | None) -> None:
+    """Seconds of a step of every kind; the two groups begin with what the others are compared to."""
+    configs = kinds()
+    peers = {name: Peer(ours, config, random_batch(config, rows, source, target)) for name, config in configs.items()}
+    times, table, first = measure(peers, repeats), [], 0.0
+    for name, config in configs.items():
+        flops, seconds = training_flops(config, rows, source, target), times[name]["seconds"]
+        first = seconds if name.endswith(("dense", "merged attention")) else first
+        table.append(
+            {
+                "kind": name,
+                "parameters, M": count(Transformer(config).shapes()) / 1e6,
+                "GFLOP": flops / 1e9,
+                "seconds": seconds,
+                "cpu seconds": times[name]["processor_seconds"],
+                "x the first": seconds / first,
+                "model GF/s": flops / seconds / 1e9,
+            }
+        )
+    setting = {"batch": f"{rows} x ({source} + {target}) tokens, float32, AdamW", **environment("jax", "optax")}
+    report("One training step, by kind of member", setting, table, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flax", metavar="DIR", help="folder with transformers 4.57.6, for its Flax T5")
+    parser.add_argument("--kinds", action="store_true", help="dense against sparse, merged against separate attention")
     parser.add_argument("--quick", action="store_true", help="tiny model, short rows: a smoke test")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each peer")
     parser.add_argument("--json", metavar="FILE")
@@ -203,6 +265,10 @@ def main() -> None:
     config, rows, source, target = preset("t5_1_1_small"), 4, 512, 114
     if options.quick:
         config, rows, source, target = preset("tiny"), 2, 64, 16
+
+    if options.kinds:
+        compare_kinds(rows, source, target, options.repeats, options.json)
+        return
 
     batch = random_batch(config, rows, source, target)
     peers = start_peers(config, batch, options.flax)

@@ -80,7 +80,7 @@ def _start(
         tokens = tokens.at[:, : prompt.shape[1]].set(prompt)
         pending = jnp.take_along_axis(fed, length[:, None], axis=1)[:, 0]
     zero, own = jnp.zeros((), jnp.int32), proposer.begin(read, length)
-    return State(tokens, length, pending, log_prob, limit, length >= limit, zero, cache, search, own)
+    return State(tokens, length, pending, log_prob, length, limit, length >= limit, zero, cache, search, own)
 
 
 def _advance(state: State, *, step: Step, extend: Extend, proposer: Proposer) -> State:

@@ -57,15 +57,12 @@ class InputCopy(NoGuesses):
     lengths: Int[Array, "R"]
     width: int = 8
 
-    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
-        return length
-
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
-        place = jnp.where(state.length == state.proposal, 0, self._place(state))
+        place = jnp.where(state.length == state.start, 0, self._place(state))
         at = place[:, None] + jnp.arange(self.width)
         known = (place >= 0)[:, None] & (at < self.lengths[:, None])
         tokens = jnp.take_along_axis(self.sources, jnp.clip(at, 0, self.sources.shape[1] - 1), axis=1)
-        return jnp.where(known, tokens, -1), state.proposal
+        return jnp.where(known, tokens, -1), ()
 
     def _place(self, state: State) -> Int[Array, "R"]:
         """Index behind the tokens written last; -1: not known."""

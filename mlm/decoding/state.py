@@ -27,6 +27,7 @@ class State(NamedTuple):
     length: Int[Array, "R"]  # tokens so far, prompt and EOS included
     pending: Int[Array, "R"]  # the newest token: emitted, not yet in the cache
     log_prob: Float[Array, "R"]  # nats, model's own, emitted tokens only
+    start: Int[Array, "R"]  # tokens of the prompt
     limit: Int[Array, "R"]  # the length at which a row stops
     done: Bool[Array, "R"]
     passes: Int[Array, ""]  # decoder passes made by the loop

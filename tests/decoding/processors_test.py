@@ -17,7 +17,7 @@ def state(length=0):
     zero = jnp.zeros(6, jnp.int32)
     done = jnp.zeros(6, bool)
     tokens, log_prob = jnp.zeros((6, 8), jnp.int32), jnp.zeros(6)
-    return State(tokens, zero + length, zero, log_prob, zero + 8, done, jnp.zeros((), jnp.int32), {}, ())
+    return State(tokens, zero + length, zero, log_prob, zero, zero + 8, done, jnp.zeros((), jnp.int32), {}, ())
 
 
 def softmax(x):

@@ -95,7 +95,7 @@ def place(source, written):
     tokens = jnp.zeros((1, 12), jnp.int32).at[0, : len(written)].set(jnp.array(written, jnp.int32))
     proposer = InputCopy(jnp.array([[*source, 0, 0]]), jnp.array([len(source)]), 3)
     nothing = jnp.zeros(())
-    state = State(tokens, jnp.array([len(written)]), *(nothing,) * 7, proposal=jnp.array([0]))
+    state = State(tokens, jnp.array([len(written)]), nothing, nothing, jnp.array([0]), *(nothing,) * 5)
     return proposer.propose(state, lambda state, *_: state)[0][0].tolist()
 
 

@@ -27,7 +27,7 @@ def draws(processors, logits, count=20_000):
     zero = jnp.zeros(count, jnp.int32)
     done = jnp.zeros(count, bool)
     tokens = jnp.zeros((count, 4), jnp.int32)
-    state = State(tokens, zero, zero, log_prob, zero + 4, done, jnp.zeros((), jnp.int32), {}, keys)
+    state = State(tokens, zero, zero, log_prob, zero, zero + 4, done, jnp.zeros((), jnp.int32), {}, keys)
     raw = processed = jnp.broadcast_to(logits, (count, logits.size))
     for process in processors:
         processed = process(processed, state)
