@@ -3,14 +3,14 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlm.checkpoints.streaming import Layout, StoredParams, write_params
-from mlm.interop import fairseq, gemma, mixtures, t5
+from mlm.interop import fairseq, gemma, mixtures, t5, xlm_r
 from mlm.interop.family import Family, Keys, differences, mathematics
 from mlm.interop.files import DTYPES, SHARD_BYTES, TensorFolder, read_json, write_tensors
 from mlm.interop.rules import Block, ConversionError, Piece, by_leaf, plan, shapes
@@ -18,12 +18,12 @@ from mlm.models.config import ModelConfig, to_json
 from mlm.registry import Registry, nearest
 
 FAMILIES: Registry[Family] = Registry("Hugging Face model_type")
-for _family in (*t5.FAMILIES, *fairseq.FAMILIES, *gemma.FAMILIES, *mixtures.FAMILIES):
+for _family in (*t5.FAMILIES, *fairseq.FAMILIES, *gemma.FAMILIES, *mixtures.FAMILIES, *xlm_r.FAMILIES):
     FAMILIES[_family.name] = _family
 Progress = Callable[[Iterator[Block]], Iterator[Block]]  # e.g. a bar around the blocks
 
 # What a run keeps of the config.json it came from, and an export gives back.
-_KEPT = re.compile(r".*_token_id|tokenizer_class|dropout.*|.*_dropout|architectures")
+_KEPT = re.compile(r".*_token_id|tokenizer_class|.*dropout.*|architectures")
 _NO_PROGRESS: Progress = lambda blocks: blocks  # noqa: E731
 
 
@@ -65,7 +65,7 @@ def open_published(folder: Path) -> Published:
             raise
         raise ConversionError(f"{keys.where}: {error}") from error
     keys.finish(family.harmless)
-    pieces = plan(config, family.rules(config))
+    pieces = _found(plan(config, family.rules(config)), family, names)
     _check(folder, family, tensors, pieces, repeated)
     return Published(family, config, content, tensors, pieces)
 
@@ -177,6 +177,16 @@ def _family_of(content: Mapping[str, Any], folder: Path) -> Family:
             f"{nearest(name, FAMILIES)}"
         )
     return FAMILIES[name]
+
+
+def _found(pieces: list[Piece], family: Family, names: frozenset[str]) -> list[Piece]:
+    """The pieces, of a tensor that is there under the name of its copy alone by that name: which one a file keeps of
+    tensors that are one is chance.
+    """
+    planned = {piece.name for piece in pieces}
+    kept = [(original, copy) for copy, original in family.copies.items() if copy in names - planned]
+    other = {original: copy for original, copy in reversed(kept) if original not in names}
+    return [replace(piece, name=other.get(piece.name, piece.name)) for piece in pieces]
 
 
 def _check(

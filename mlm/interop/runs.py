@@ -50,7 +50,8 @@ def write_run_files(
     record: Mapping[str, Any],
 ) -> None:
     """All that a run holds beside checkpoints and the vocabulary file. lengths: tokens that it reads and writes."""
-    for (name, stack), length in zip(config.stacks().items(), lengths[-len(config.stacks()) :], strict=True):
+    for name, stack in config.stacks().items():
+        length = lengths[name == "decoder"]
         if stack.embedding.length is not None and length > stack.embedding.length:
             raise ConversionError(
                 f"the {name} has {stack.embedding.length} learned positions and cannot take {length} tokens; choose "

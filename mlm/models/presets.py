@@ -246,7 +246,15 @@ XLM_R_XL_SIZES = {"xl": (2560, 10240, 32, 36, 250_880), "xxl": (4096, 16384, 32,
 
 
 def bert_style(
-    *, d_model: int, d_ff: int, heads: int, layers: int, vocab_size: int, length: int = 512, order: str = "post"
+    *,
+    d_model: int,
+    d_ff: int,
+    heads: int,
+    layers: int,
+    vocab_size: int,
+    length: int = 512,
+    order: str = "post",
+    eps: float = 1e-5,
 ) -> ModelConfig:
     """XLM-R (Conneau et al. 2020): BERT's encoder, norms after the sublayers and one after the embedding.
 
@@ -259,7 +267,7 @@ def bert_style(
         group=(LayerSpec(sublayers=(own, FFNSpec(d_ff=d_ff, activation="gelu", bias=True))),),
         repeats=layers,
         causal=False,
-        norm=NormSpec(kind="layer", eps=1e-5),
+        norm=NormSpec(kind="layer", eps=eps),
         residual=ResidualSpec(order=order),
         embedding=EmbeddingSpec(
             std=0.02, positions="learned", length=length, offset=2, token_type=True, norm=order == "post"
