@@ -151,7 +151,22 @@ def test_long_texts_lose_their_end_with_a_warning(session):
         (lambda s: s.generate(["hi"], method="gredy"), KeyError, "did you mean 'greedy'"),
         (lambda s: s.generate(["hi"], beems=3), ValueError, "no decoding option 'beems'; did you mean 'beams'"),
         (lambda s: s.generate(["hi"], beams=3), ValueError, "means nothing to method='greedy'"),
-        (lambda s: s.generate(["hi"], to="fr", language_token="front"), ValueError, "is not one of"),
+        (
+            lambda s: s.generate(["hi"], to="fr", language_token="front"),
+            KeyError,
+            "no place of the language token named 'front'",
+        ),
+        (
+            lambda s: s.generate(["hi"], to="fr", from_="en"),
+            ValueError,
+            "no place for the token of the language that it r",
+        ),
+        (
+            lambda s: s.generate("hi", to="fr", language_token="both"),
+            ValueError,
+            "--from en.*tokens of 4: en, fr, sw, uk",
+        ),
+        (lambda s: s.encode("hi", "fr", from_="swe", language_token="both"), KeyError, "no token <2sv> .Swedish."),
         (lambda s: s.evaluate("tiny.nothing"), KeyError, "no task or mixture named 'tiny.nothing'"),
     ],
 )

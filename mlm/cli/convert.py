@@ -95,10 +95,11 @@ def _run_files(
     record: dict[str, Any],
     first_ids: tuple[int, ...],
 ) -> None:
-    from mlm.data.published import keep_files, take_vocabulary
+    from mlm.data.published import keep_files, take_template, take_vocabulary
     from mlm.data.vocabulary import load_vocabulary
     from mlm.interop.runs import write_run_files
 
+    template = None
     if flags.vocabulary:
         given = load_vocabulary(flags.vocabulary, flags.sentinels)
         file = folder / ("vocabulary.model" if hasattr(given, "sp_model") else "vocabulary.json")
@@ -106,6 +107,7 @@ def _run_files(
         vocabulary = load_vocabulary(file)
     else:
         vocabulary = take_vocabulary(source, folder, content, first_ids)
+        template = take_template(source, content, vocabulary)
         keep_files(source, folder / "tokenizer")
     if vocabulary.vocab_size > config.vocab_size:
         raise ValueError(
@@ -120,6 +122,7 @@ def _run_files(
         origin=f"converted from {source}",
         lengths=(flags.inputs_length, flags.targets_length),
         record=record,
+        template=None if template is None else template.to_json(),
     )
 
 

@@ -11,12 +11,14 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sentencepiece import sentencepiece_model_pb2
 
 from mlm.data.languages import language
+from mlm.data.templates import EOS, FROM, TEXT, TO, TOKENIZERS, USUAL, Template
 from mlm.data.vocabulary import (
     ByteVocabulary,
     Piece,
@@ -78,6 +80,43 @@ def take_vocabulary(folder: Path, target: Path, config: Mapping[str, Any], first
         if not plain.sentinel_ids and config.get("model_type") in SENTINEL_FAMILIES:
             SentencePieceVocabulary(path, settings.get("extra_ids", 100)).save(path)
     return load_vocabulary(path)
+
+
+def take_template(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> Template | None:
+    """How the tokenizer of a Hugging Face folder writes sources, and what it has the decoder write first; None where it
+    adds nothing but an end.
+
+    From the class where that decides; else what tokenizer_config.json or the template of tokenizer.json say; else as
+    the family has it. Raises KeyError for a special token that the vocabulary lacks.
+    """
+    settings, whole = _json(folder / "tokenizer_config.json"), _json(folder / "tokenizer.json")
+    kind = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
+    found = TOKENIZERS.get(kind.removesuffix("Fast"))
+    if found and settings.get("legacy_behaviour"):  # NLLB's as transformers 4.22 had it
+        found = replace(found, source=(TEXT, EOS, FROM))
+    found = found or _template_of(settings, whole) or USUAL.get(config.get("model_type", ""), Template())
+    for name in (*found.source, *found.target):
+        if name not in (TEXT, EOS, FROM, TO):
+            vocabulary.special(name)
+    return None if found == Template() else found
+
+
+def _template_of(settings: Mapping[str, Any], whole: Mapping[str, Any]) -> Template | None:
+    """What a tokenizer's settings, or its post-processor, put around a text."""
+    if {"add_bos_token", "add_eos_token"} & set(settings):
+        bos = settings.get("bos_token") or "<s>"
+        first = (bos if isinstance(bos, str) else bos["content"],) if settings.get("add_bos_token") else ()
+        return Template((*first, TEXT, *([EOS] if settings.get("add_eos_token") else [])))
+    steps = whole.get("post_processor") or {}
+    for step in steps.get("processors", [steps]):
+        if step.get("type") == "TemplateProcessing":
+            ends = ("</s>", "<eos>")
+            names = [part["SpecialToken"]["id"] if "SpecialToken" in part else TEXT for part in step["single"]]
+            source = tuple(EOS if n in ends else FROM if _language_name(n) != n else n for n in names)
+            # The same source is written by a tokenizer that is known, and that says how the target begins.
+            known = next((one for one in TOKENIZERS.values() if one.source == source), None)
+            return known or Template(source, (TO,) if FROM in source else ())
+    return None
 
 
 def keep_files(folder: Path, target: Path) -> None:

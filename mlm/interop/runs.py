@@ -48,8 +48,11 @@ def write_run_files(
     origin: str,
     lengths: tuple[int, int],
     record: Mapping[str, Any],
+    template: Mapping[str, Any] | None = None,
 ) -> None:
-    """All that a run holds beside checkpoints and the vocabulary file. lengths: tokens that it reads and writes."""
+    """All that a run holds beside checkpoints and the vocabulary file. lengths: tokens that it reads and writes.
+    template: how its sources are written, where it says (`mlm.data.templates`).
+    """
     for name, stack in config.stacks().items():
         length = lengths[name == "decoder"]
         if stack.embedding.length is not None and length > stack.embedding.length:
@@ -60,7 +63,8 @@ def write_run_files(
     run = RunDirectory(folder)
     run.write_json("model.json", to_json(config))
     data = {"mixture": origin, "inputs_length": lengths[0], "targets_length": lengths[1], "task_modules": []}
-    run.write_json("data.json", {**data, "vocabulary": vocabulary.name, "vocabulary_digest": digest})
+    data |= {"vocabulary": vocabulary.name, "vocabulary_digest": digest}
+    run.write_json("data.json", data if template is None else {**data, "template": dict(template)})
     run.write_json("versions.json", versions())
     run.write_json(RECORD, dict(record))
 

@@ -224,6 +224,9 @@ def test_published_sizes_are_the_presets(name):
     assert mathematics(family.read(keys, names)) == mathematics(config)
     keys.finish(family.harmless)
     plan(config, family.rules(config))
+    first = "bos_token_id" if family.name == "gemma3_text" else "decoder_start_token_id"
+    published = {"t5": 0, "umt5": 0, "switch_transformers": 0, "xlm-roberta": None, "xlm-roberta-xl": None}
+    assert content.get(first) == published.get(family.name, 2)  # </s> of fairseq, <bos> of Gemma
 
 
 def test_a_model_of_no_family_says_what_no_family_says():
