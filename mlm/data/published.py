@@ -35,6 +35,15 @@ FILES = (
     *("generation_config.json",),
 )
 SENTINEL_FAMILIES = ("t5", "mt5", "umt5", "switch_transformers")  # <extra_id_n> follow the pieces of the file
+# Languages of M2M-100's dictionaries, which follow its words in this order, by the `language_codes` of its tokenizer.
+FAIRSEQ_LANGUAGES = {
+    "m2m100": """
+        af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr ht
+        hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or pa pl ps
+        pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu
+    """,
+    "wmt21": "en ha is ja cs ru zh de",
+}
 _LANGUAGE = re.compile(r"__([a-z]{2,3})__|([a-z]{3}_[A-Z][a-z]{3})|([a-z]{2})_[A-Z]{2}")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 Types = dict[str, int]
@@ -228,6 +237,8 @@ def _from_fairseq(folder: Path, model: Path, settings: Mapping[str, Any], first:
     names = [token if isinstance(token, str) else token["content"] for token in extra]
     head = ["<s>", "<pad>", "</s>", "<unk>"]
     words: dict[str, int] = _json(folder / "vocab.json")
+    if words and not names:
+        names = [f"__{code}__" for code in FAIRSEQ_LANGUAGES[settings.get("language_codes", "m2m100")].split()]
     order = sorted(words, key=words.__getitem__) if words else [*head, *(p.piece for p in given.pieces[3:])]
     order += [name for name in names if name not in order]
     if not words and "<mask>" not in order:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlm.checkpoints.streaming import StoredParams
+from mlm.interop.family import Ids
 from mlm.interop.huggingface import export_params, import_params, open_published
 from tests.interop import recipe
 
@@ -109,7 +110,6 @@ def test_tokenizers_of_transformers_give_our_ids(kind, family, first, settings, 
     import transformers
 
     from mlm.data.published import take_vocabulary
-    from mlm.interop.family import Ids
     from tests.data.published_test import LINES, train
 
     name = "spiece.model" if family == "t5" else "sentencepiece.bpe.model"
@@ -143,3 +143,85 @@ def test_our_vocabulary_is_a_tokenizer_of_transformers(kind, tmp_path):
     assert tokenizer.convert_tokens_to_ids("<extra_id_0>") == ours.sentinel_ids[0]
     for text in [text for text in TEXTS if text != "▁"] + LINES[:20]:
         assert tokenizer(text)["input_ids"] == [*ours.encode(text), ours.eos_id]
+
+
+# Tokenizer, model and codes of English and French there; model_type of the SentencePiece file.
+TRANSLATORS = {
+    "NllbTokenizer": ("M2M100", ("eng_Latn", "fra_Latn"), "bpe"),
+    "M2M100Tokenizer": ("M2M100", ("en", "fr"), "bpe"),
+    "MBart50Tokenizer": ("MBart", ("en_XX", "fr_XX"), "unigram"),
+    "MBartTokenizer": ("MBart", ("en_XX", "fr_XX"), "unigram"),
+}
+NEW_TOKENS = 10
+
+
+@pytest.mark.parametrize("kind", TRANSLATORS)
+def test_a_converted_translator_reads_and_writes_the_same(kind, tmp_path):
+    """Prepared sources and what `generate` writes behind the token of the language, from one folder."""
+    import torch
+    import transformers
+
+    import mlm
+    from mlm.cli.main import main
+    from tests.interop.make_goldens import FAIRSEQ
+    from tests.interop.recipe import tensors
+
+    name, codes, pieces = TRANSLATORS[kind]
+    tokenizer = _translator(kind, codes, pieces, tmp_path / "tokenizer")
+    folder = tmp_path / "hf"
+    tokenizer.save_pretrained(folder)
+    fresh = {**FAIRSEQ, "vocab_size": len(tokenizer) + 120, "max_position_embeddings": 512}
+    config = getattr(transformers, f"{name}Config")(**fresh)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for n, values in tensors(shapes).items():
+            model.get_parameter(n).copy_(torch.tensor(values))
+    model.save_pretrained(folder)
+
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "run")]) == 0
+    session = mlm.load(tmp_path / "run")
+    ids = Ids((1, 2, 3, 0))
+    texts = ["Where is the station?", "Good morning, how are you today", "no"]
+    english, french = (_id_of(tokenizer, code) for code in codes)
+    tokenizer.src_lang = codes[0]
+    told = {"decoder_start_token_id": french} if kind == "MBartTokenizer" else {"forced_bos_token_id": french}
+    prepared = [tokenizer(text)["input_ids"] for text in texts]
+    assert [s.tokens for s in session.encode(texts, "fr", from_="en")] == [[*map(ids.ours, p)] for p in prepared]
+    assert all(english in p for p in prepared)
+    results = session.decode(texts, "fr", from_="en", max_length=NEW_TOKENS)
+    for (best,), source in zip(results, prepared, strict=True):
+        with torch.no_grad():
+            out = model.generate(
+                torch.tensor([source]),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=NEW_TOKENS,
+                forced_eos_token_id=None,
+                **told,
+            )
+        want = [ids.ours(int(token)) for token in out[0, 1:]]
+        assert best.tokens == want
+        assert (best.tokens[0] == session.vocabulary.language_token("fr")) == (kind != "MBartTokenizer")
+    assert len({tuple(best.tokens) for (best,) in results}) > 1
+
+
+def _translator(kind, codes, pieces, folder):
+    """A tokenizer of the kind, from a SentencePiece file and what else it is made of."""
+    import sentencepiece
+    import transformers
+
+    from tests.data.published_test import train
+
+    folder.mkdir()
+    file = train(folder / "sentencepiece.bpe.model", unk_id=0, bos_id=1, eos_id=2, model_type=pieces)
+    if kind == "M2M100Tokenizer":
+        read = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        words = ["<s>", "<pad>", "</s>", "<unk>", *(read.id_to_piece(i) for i in range(3, read.get_piece_size()))]
+        (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    extra = {"extra_special_tokens": list(codes)} if kind == "NllbTokenizer" else {}
+    return getattr(transformers, kind).from_pretrained(folder, **extra)
+
+
+def _id_of(tokenizer, code: str) -> int:
+    return tokenizer.get_lang_id(code) if hasattr(tokenizer, "get_lang_id") else tokenizer.convert_tokens_to_ids(code)
