@@ -124,6 +124,40 @@ def test_a_forced_language_token_stands_first_and_costs_nothing(session):
     assert got != plain
 
 
+def test_a_run_keeps_how_its_sources_are_written(copy, session, one_device):
+    """mBART's 25 languages: the source ends with its own, and the decoder begins with the target's."""
+    from dataclasses import replace
+
+    from mlm.models.transformer import Transformer
+
+    data = json.loads((copy / "data.json").read_text())
+    template = {"source": ["{text}", "{eos}", "{from}"], "target": [], "start": "{to}"}
+    (copy / "data.json").write_text(json.dumps({**data, "template": template}))
+    told = mlm.load(copy, devices=one_device, batch_size=4)
+    en, fr = (told.vocabulary.language_token(code) for code in ("en", "fr"))
+    (source,) = told.encode("Hi", "fr", from_="en")
+    assert source.tokens == [*(b + 3 for b in b"Hi"), 1, en]
+    assert told.encode("Hi")[0].tokens == source.tokens[:-1]
+    begun = Transformer(replace(told.config, start_token=fr))
+    tokens = told.decode("Hi", "fr", from_="en", max_length=5)[0][0].tokens
+    target = np.array([[*(b + 3 for b in b"Salut"), 1]], np.int32)
+    batch = {"encoder_input_tokens": np.array([source.tokens]), "encoder_segment_ids": np.ones((1, 4), np.int32)}
+
+    def log_probs(target):
+        given = {"decoder_input_tokens": np.pad(target, ((0, 0), (1, 0)))[:, :-1], "decoder_segment_ids": target**0}
+        hidden = begun(told.params, jax.tree.map(jax.numpy.asarray, batch | given)).hidden
+        return np.asarray(jax.nn.log_softmax(begun.logits(told.params, hidden)))[0]
+
+    assert log_probs(np.array([tokens], np.int32)).argmax(-1).tolist() == tokens
+    want = log_probs(target)[np.arange(6), target[0]].sum()
+    np.testing.assert_allclose(told.score([("Hi", "Salut")], "fr", from_="en"), want, rtol=1e-5)
+    assert told.score([("Hi", "Salut")]) != pytest.approx(want, rel=1e-3)
+    assert '.generate(texts, to="fr", from_="en")' in repr(told)
+    # Another place is a matter of the call.
+    assert told.encode("Hi", "fr", language_token="source") == session.encode("Hi", "fr")
+    assert told.encode("Hi", "fr", from_="en", language_token="both")[0].tokens == [en, *source.tokens[:-1]]
+
+
 def test_eight_devices_say_what_one_says(tiny_run, session):
     many = mlm.load(tiny_run, batch_size=8)
     assert many.params["embedding"].sharding.num_devices == 8

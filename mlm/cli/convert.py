@@ -23,8 +23,8 @@ def run(arguments: list[str]) -> None:
 
 def _from_hf(flags: argparse.Namespace, source: Path, target: Path) -> None:
     with screen.working(f"checking {source}"):
+        from mlm.checkpoints.run_directory import new_folder
         from mlm.interop.huggingface import import_params, open_published
-        from mlm.interop.runs import new_folder
 
         published = open_published(source)
     with new_folder(target) as folder:
@@ -42,8 +42,8 @@ def _from_t5x(flags: argparse.Namespace, source: Path, target: Path) -> None:
             "--sentinels 100 for T5's), or 'bytes' for ByT5"
         )
     with screen.working(f"checking {source}"):
+        from mlm.checkpoints.run_directory import new_folder
         from mlm.interop.huggingface import write_pieces
-        from mlm.interop.runs import new_folder
         from mlm.interop.t5x import open_t5x
 
         found = open_t5x(source)
@@ -57,11 +57,11 @@ def _from_t5x(flags: argparse.Namespace, source: Path, target: Path) -> None:
 
 def _to_hf(flags: argparse.Namespace, source: Path, target: Path) -> None:
     with screen.working(f"reading {source}"):
-        from mlm.checkpoints.run_directory import RunDirectory
+        from mlm.checkpoints.run_directory import RunDirectory, new_folder
         from mlm.checkpoints.streaming import StoredParams
         from mlm.interop.huggingface import describe, export_params
         from mlm.interop.rules import plan
-        from mlm.interop.runs import new_folder, read_record
+        from mlm.interop.runs import read_record
         from mlm.models.config import from_json
 
         directory = RunDirectory(source)

@@ -11,9 +11,10 @@ import numpy as np
 
 from mlm.checkpoints.streaming import Layout, StoredParams, write_params
 from mlm.interop import fairseq, gemma, mixtures, t5, xlm_r
-from mlm.interop.family import Family, Keys, differences, mathematics
+from mlm.interop.family import Family, Keys
 from mlm.interop.files import DTYPES, SHARD_BYTES, TensorFolder, read_json, write_tensors
 from mlm.interop.rules import Block, ConversionError, Piece, by_leaf, plan, shapes
+from mlm.models.comparison import differences, mathematics
 from mlm.models.config import ModelConfig, to_json
 from mlm.registry import Registry, nearest
 

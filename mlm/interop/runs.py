@@ -1,10 +1,7 @@
-"""A converted checkpoint as a run directory, whole or not at all, and the way back."""
+"""What a converted checkpoint holds as a run directory, beside its arrays."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +11,6 @@ from mlm.interop.rules import ConversionError
 from mlm.models.config import ModelConfig, to_json
 
 RECORD = "published.json"  # in a run: the family it came from, and what of its config.json an export gives back
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder under a temporary name, renamed to `path` when the block ends well and removed when it does not.
-
-    Raises ConversionError when something is there already, or the place cannot be written.
-    """
-    target = path.expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"{path} exists and is not empty; name a new folder, or remove this one")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        raise ConversionError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_run_files(

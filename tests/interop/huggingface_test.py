@@ -10,10 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlm.checkpoints.streaming import StoredParams
-from mlm.interop.family import Keys, mathematics
+from mlm.interop.family import Keys
 from mlm.interop.files import TensorFolder
 from mlm.interop.huggingface import FAMILIES, describe, export_params, import_params, open_published
 from mlm.interop.rules import Axes, ConversionError, Piece, plan
+from mlm.models.comparison import mathematics
 from mlm.models.presets import preset
 from mlm.models.specs import ResidualSpec
 from tests.interop import recipe
