@@ -125,6 +125,39 @@ def test_tokenizers_of_transformers_give_our_ids(kind, family, first, settings, 
         assert list(vocabulary.encode(text)) == want
 
 
+GEMMA = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "model_type": "bpe", "byte_fallback": True}
+GEMMA |= {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "normalization_rule_name": "identity"}
+GEMMA |= {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "first", "file", "settings"),
+    [
+        ("XLMRobertaTokenizer", "xlm-roberta", (1, 2, 3, 0), "sentencepiece.bpe.model", {"unk_id": 0, "eos_id": 2}),
+        ("GemmaTokenizer", "t5gemma", (0, 1, 3, 2), "tokenizer.model", GEMMA),
+    ],
+)
+@pytest.mark.parametrize("saved", [True, False])
+def test_other_sources_are_what_their_tokenizers_prepare(kind, family, first, file, settings, saved, tmp_path):
+    """saved: from the files of transformers 5, or from a SentencePiece file alone, as the family has it."""
+    import transformers
+
+    from mlm.data.published import take_template, take_vocabulary
+    from tests.data.published_test import LINES, train
+
+    train(tmp_path / file, **{"bos_id": 1, **settings})
+    told = {"add_bos_token": True} if kind == "GemmaTokenizer" else {}
+    tokenizer = getattr(transformers, kind).from_pretrained(tmp_path, **told)
+    folder = tmp_path / "saved" if saved else tmp_path
+    (tmp_path / "run").mkdir()
+    tokenizer.save_pretrained(tmp_path / "saved")
+    vocabulary = take_vocabulary(folder, tmp_path / "run", {"model_type": family}, first)
+    frame = take_template(folder, {"model_type": family}, vocabulary).frame(vocabulary, None, None)
+    for text in LINES[:5]:
+        want = [Ids(first).ours(i) for i in tokenizer(text)["input_ids"]]
+        assert [*frame.before, *vocabulary.encode(text), *frame.after] == want
+
+
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_our_vocabulary_is_a_tokenizer_of_transformers(kind, tmp_path):
     import transformers
