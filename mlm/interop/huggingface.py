@@ -55,7 +55,12 @@ def open_published(folder: Path) -> Published:
     family = _family_of(content, folder)
     tensors = TensorFolder(folder)
     names = frozenset(tensors.shapes)
-    repeated = {c: o for c, o in family.copies.items() if c in names and o in names and _equal(tensors, c, o)}
+    kept = _kept(family, names)
+    repeated = {
+        copy: kept[original]
+        for copy, original in family.copies.items()
+        if copy in names and copy != kept[original] and _equal(tensors, copy, kept[original])
+    }
     keys = Keys(content, str(folder / "config.json"))
     keys.expect("tie_encoder_decoder", False)
     keys.expect("pruned_heads", {})
@@ -66,7 +71,10 @@ def open_published(folder: Path) -> Published:
             raise
         raise ConversionError(f"{keys.where}: {error}") from error
     keys.finish(family.harmless)
-    pieces = _found(plan(config, family.rules(config)), family, names)
+    pieces = plan(config, family.rules(config))
+    planned = {piece.name for piece in pieces}
+    kept = {original: name for original, name in kept.items() if name not in planned}
+    pieces = [replace(piece, name=kept.get(piece.name, piece.name)) for piece in pieces]
     _check(folder, family, tensors, pieces, repeated)
     return Published(family, config, content, tensors, pieces)
 
@@ -180,14 +188,15 @@ def _family_of(content: Mapping[str, Any], folder: Path) -> Family:
     return FAMILIES[name]
 
 
-def _found(pieces: list[Piece], family: Family, names: frozenset[str]) -> list[Piece]:
-    """The pieces, of a tensor that is there under the name of its copy alone by that name: which one a file keeps of
-    tensors that are one is chance.
+def _kept(family: Family, names: frozenset[str]) -> dict[str, str]:
+    """Name of a tensor that others repeat -> the name that it has in this file: which one a file keeps of tensors that
+    are one is chance.
     """
-    planned = {piece.name for piece in pieces}
-    kept = [(original, copy) for copy, original in family.copies.items() if copy in names - planned]
-    other = {original: copy for original, copy in reversed(kept) if original not in names}
-    return [replace(piece, name=other.get(piece.name, piece.name)) for piece in pieces]
+    kept: dict[str, str] = {}
+    for copy, original in family.copies.items():
+        if original in names or copy in names:
+            kept.setdefault(original, original if original in names else copy)
+    return kept
 
 
 def _check(

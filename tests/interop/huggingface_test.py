@@ -154,6 +154,24 @@ def test_a_tensor_may_be_there_under_the_name_of_its_copy(tmp_path):
         open_published(folder)
 
 
+def test_copies_need_no_original(folder):
+    """Both input tables and the tied head, and not what they repeat."""
+    old = recipe.load(recipe.GOLDENS / "t5.npz")
+    recipe.write_folder(folder, old.config, old.shapes)
+    want = open_published(folder).config
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+
+    def repeat(tensors):
+        table = tensors.pop("shared.weight")
+        tensors.update({name: table.copy() for name in names})
+
+    edit_tensors(folder, repeat)
+    assert open_published(folder).config == want
+    edit_tensors(folder, lambda t: t.update({names[1]: t[names[0]] + 1}))
+    with pytest.raises(ConversionError, match=r"decoder.embed_tokens.weight differs from shared.weight"):
+        open_published(folder)
+
+
 def test_a_head_of_its_own_is_no_input_table(folder):
     """The matrix of an untied head must not pass for the table that is missing."""
     edit_tensors(folder, lambda t: t.pop("shared.weight"))
