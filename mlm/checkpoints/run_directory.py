@@ -1,7 +1,7 @@
 """The folder of one run: what a later reader needs, each file written under a temporary name and renamed.
 
 config.gin       the resolved configuration          model.json       the model's shape
-data.json        mixture, lengths, template           vocabulary.*     the vocabulary file itself
+data.json        mixture, lengths, template          vocabulary.*     the vocabulary file itself
 versions.json    packages and platform               mesh.json        devices and axes
 parameters.txt   path, shape, axes, count            metrics.jsonl    a line per logged step
 checkpoints/     see checkpointer.py                 tensorboard/     the same metrics as events
