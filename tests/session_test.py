@@ -47,6 +47,42 @@ def test_best_is_by_the_metric(tiny_run, one_device):
         mlm.load(tiny_run, "best", devices=one_device, best_metric="validation/los")
 
 
+def test_a_decoder_alone_goes_on(tiny_run, tmp_path, one_device):
+    """Behind its start token it reads the text; the answer is what follows, and a limit counts both."""
+    from mlm.checkpoints import Checkpointer
+    from mlm.checkpoints.run_directory import RunDirectory
+    from mlm.models.config import to_json
+    from mlm.models.presets import llama_style
+    from mlm.models.specs import PositionSpec
+    from mlm.models.transformer import Transformer
+
+    given, run = RunDirectory(tiny_run), RunDirectory(tmp_path / "alone").create()
+    shutil.copy(given / "vocabulary.json", run / "vocabulary.json")
+    run.write_json("data.json", given.read_json("data.json"))
+    config = llama_style(
+        vocab_size=given.read_json("model.json")["vocab_size"],
+        d_model=16,
+        d_ff=16,
+        heads=2,
+        kv_heads=1,
+        layers=1,
+        rope=PositionSpec(kind="rope"),
+    )
+    run.write_json("model.json", to_json(config))
+    with Checkpointer(str(run.checkpoints)) as checkpointer:
+        checkpointer.save(1, {"params": Transformer(config).init(jax.random.key(0))})
+    session = mlm.load(run.path, devices=one_device)
+    (best,) = session.decode("The cat", max_length=12)[0]
+    assert best.tokens[:7] == [b + 3 for b in b"The cat"]
+    assert len(best.tokens) <= 12
+    assert best.text == session.vocabulary.decode(best.tokens[7:])
+    assert session.encode("The cat", to="fr")[0].tokens[0] == session.vocabulary.language_token("fr")
+    with pytest.raises(ValueError, match="no room under the limit of 7 tokens"):
+        session.generate("The cat", max_length=7)
+    with pytest.raises(ValueError, match="a decoder alone: scores are of a target behind a source"):
+        session.score([("a", "b")])
+
+
 def test_layers_can_be_kept_as_integers(tiny_run, session, one_device):
     small = mlm.load(tiny_run, devices=one_device, batch_size=4, quantise="int8")
     assert "layers as int8" in repr(small)
@@ -136,6 +172,40 @@ def test_a_forced_language_token_stands_first_and_costs_nothing(session):
     assert got != plain
 
 
+def test_a_run_keeps_how_its_sources_are_written(copy, session, one_device):
+    """mBART's 25 languages: the source ends with its own, and the decoder begins with the target's."""
+    from dataclasses import replace
+
+    from mlm.models.transformer import Transformer
+
+    data = json.loads((copy / "data.json").read_text())
+    template = {"source": ["{text}", "{eos}", "{from}"], "target": [], "start": "{to}"}
+    (copy / "data.json").write_text(json.dumps({**data, "template": template}))
+    told = mlm.load(copy, devices=one_device, batch_size=4)
+    en, fr = (told.vocabulary.language_token(code) for code in ("en", "fr"))
+    (source,) = told.encode("Hi", "fr", from_="en")
+    assert source.tokens == [*(b + 3 for b in b"Hi"), 1, en]
+    assert told.encode("Hi")[0].tokens == source.tokens[:-1]
+    begun = Transformer(replace(told.config, start_token=fr))
+    tokens = told.decode("Hi", "fr", from_="en", max_length=5)[0][0].tokens
+    target = np.array([[*(b + 3 for b in b"Salut"), 1]], np.int32)
+    batch = {"encoder_input_tokens": np.array([source.tokens]), "encoder_segment_ids": np.ones((1, 4), np.int32)}
+
+    def log_probs(target):
+        given = {"decoder_input_tokens": np.pad(target, ((0, 0), (1, 0)))[:, :-1], "decoder_segment_ids": target**0}
+        hidden = begun(told.params, jax.tree.map(jax.numpy.asarray, batch | given)).hidden
+        return np.asarray(jax.nn.log_softmax(begun.logits(told.params, hidden)))[0]
+
+    assert log_probs(np.array([tokens], np.int32)).argmax(-1).tolist() == tokens
+    want = log_probs(target)[np.arange(6), target[0]].sum()
+    np.testing.assert_allclose(told.score([("Hi", "Salut")], "fr", from_="en"), want, rtol=1e-5)
+    assert told.score([("Hi", "Salut")]) != pytest.approx(want, rel=1e-3)
+    assert '.generate(texts, to="fr", from_="en")' in repr(told)
+    # Another place is a matter of the call.
+    assert told.encode("Hi", "fr", language_token="source") == session.encode("Hi", "fr")
+    assert told.encode("Hi", "fr", from_="en", language_token="both")[0].tokens == [en, *source.tokens[:-1]]
+
+
 def test_eight_devices_say_what_one_says(tiny_run, session):
     many = mlm.load(tiny_run, batch_size=8)
     assert many.params["embedding"].sharding.num_devices == 8
@@ -163,7 +233,22 @@ def test_long_texts_lose_their_end_with_a_warning(session):
         (lambda s: s.generate(["hi"], method="gredy"), KeyError, "did you mean 'greedy'"),
         (lambda s: s.generate(["hi"], beems=3), ValueError, "no decoding option 'beems'; did you mean 'beams'"),
         (lambda s: s.generate(["hi"], beams=3), ValueError, "means nothing to method='greedy'"),
-        (lambda s: s.generate(["hi"], to="fr", language_token="front"), ValueError, "is not one of"),
+        (
+            lambda s: s.generate(["hi"], to="fr", language_token="front"),
+            KeyError,
+            "no place of the language token named 'front'",
+        ),
+        (
+            lambda s: s.generate(["hi"], to="fr", from_="en"),
+            ValueError,
+            "no place for the token of the language that it r",
+        ),
+        (
+            lambda s: s.generate("hi", to="fr", language_token="both"),
+            ValueError,
+            "--from en.*tokens of 4: en, fr, sw, uk",
+        ),
+        (lambda s: s.encode("hi", "fr", from_="swe", language_token="both"), KeyError, "no token <2sv> .Swedish."),
         (lambda s: s.evaluate("tiny.nothing"), KeyError, "no task or mixture named 'tiny.nothing'"),
     ],
 )

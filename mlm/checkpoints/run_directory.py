@@ -1,7 +1,7 @@
 """The folder of one run: what a later reader needs, each file written under a temporary name and renamed.
 
 config.gin       the resolved configuration          model.json       the model's shape
-data.json        mixture, lengths, languages         vocabulary.*     the vocabulary file itself
+data.json        mixture, lengths, template          vocabulary.*     the vocabulary file itself
 versions.json    packages and platform               mesh.json        devices and axes
 parameters.txt   path, shape, axes, count            metrics.jsonl    a line per logged step
 checkpoints/     see checkpointer.py                 tensorboard/     the same metrics as events
@@ -11,7 +11,10 @@ experts/         of a model with mixtures: who served which language, an array f
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +76,26 @@ class RunDirectory:
             raise CheckpointError(f"{path} does not exist: {self.path} is not the directory of a run") from None
         except ValueError as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder under a temporary name, renamed to `path` when the block ends well and removed when it does not.
+
+    Raises FileExistsError when something is there already, CheckpointError when the place cannot be written.
+    """
+    target = path.expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; name a new folder, or remove this one")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

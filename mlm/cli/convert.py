@@ -23,8 +23,8 @@ def run(arguments: list[str]) -> None:
 
 def _from_hf(flags: argparse.Namespace, source: Path, target: Path) -> None:
     with screen.working(f"checking {source}"):
+        from mlm.checkpoints.run_directory import new_folder
         from mlm.interop.huggingface import import_params, open_published
-        from mlm.interop.runs import new_folder
 
         published = open_published(source)
     with new_folder(target) as folder:
@@ -42,8 +42,8 @@ def _from_t5x(flags: argparse.Namespace, source: Path, target: Path) -> None:
             "--sentinels 100 for T5's), or 'bytes' for ByT5"
         )
     with screen.working(f"checking {source}"):
+        from mlm.checkpoints.run_directory import new_folder
         from mlm.interop.huggingface import write_pieces
-        from mlm.interop.runs import new_folder
         from mlm.interop.t5x import open_t5x
 
         found = open_t5x(source)
@@ -57,11 +57,11 @@ def _from_t5x(flags: argparse.Namespace, source: Path, target: Path) -> None:
 
 def _to_hf(flags: argparse.Namespace, source: Path, target: Path) -> None:
     with screen.working(f"reading {source}"):
-        from mlm.checkpoints.run_directory import RunDirectory
+        from mlm.checkpoints.run_directory import RunDirectory, new_folder
         from mlm.checkpoints.streaming import StoredParams
         from mlm.interop.huggingface import describe, export_params
         from mlm.interop.rules import plan
-        from mlm.interop.runs import new_folder, read_record
+        from mlm.interop.runs import read_record
         from mlm.models.config import from_json
 
         directory = RunDirectory(source)
@@ -95,10 +95,11 @@ def _run_files(
     record: dict[str, Any],
     first_ids: tuple[int, ...],
 ) -> None:
-    from mlm.data.published import keep_files, take_vocabulary
+    from mlm.data.published import keep_files, take_template, take_vocabulary
     from mlm.data.vocabulary import load_vocabulary
     from mlm.interop.runs import write_run_files
 
+    template = None
     if flags.vocabulary:
         given = load_vocabulary(flags.vocabulary, flags.sentinels)
         file = folder / ("vocabulary.model" if hasattr(given, "sp_model") else "vocabulary.json")
@@ -106,6 +107,7 @@ def _run_files(
         vocabulary = load_vocabulary(file)
     else:
         vocabulary = take_vocabulary(source, folder, content, first_ids)
+        template = take_template(source, content, vocabulary)
         keep_files(source, folder / "tokenizer")
     if vocabulary.vocab_size > config.vocab_size:
         raise ValueError(
@@ -120,6 +122,7 @@ def _run_files(
         origin=f"converted from {source}",
         lengths=(flags.inputs_length, flags.targets_length),
         record=record,
+        template=None if template is None else template.to_json(),
     )
 
 

@@ -58,17 +58,25 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_language_flags(parser: argparse.ArgumentParser) -> None:
-    """--to, --language_token: what to write, and how the model is told."""
+    """--to, --from, --language_token: what is written and read, and how the model is told."""
     parser.add_argument(
         "--to",
         metavar="CODE",
         help="language to write; without it special tokens in the text are meant as such: 'The <extra_id_0> sat'",
     )
     parser.add_argument(
+        "--from",
+        dest="from_",
+        metavar="CODE",
+        help="language of the text, for a model that is told: NLLB, M2M-100, mBART, tasks with both tokens",
+    )
+    parser.add_argument(
         "--language_token",
-        choices=("source", "target"),
-        default="source",
-        help="where the language token stands: before the text that is read (default), or forced first in the output",
+        choices=("source", "target", "both"),
+        help=(
+            "where the language tokens stand: that of --to before the text that is read, or forced first in the "
+            "output, or there and that of --from before the text (default: as a converted run says, or source)"
+        ),
     )
 
 
@@ -107,14 +115,16 @@ def open_session(flags: argparse.Namespace):
         )
 
 
-def check_language(session: Any, flags: argparse.Namespace) -> None:
-    """Raises UsageError, with the nearest codes, when the run cannot write the language asked for."""
-    if flags.to is None:
-        return
+def languages(session: Any, flags: argparse.Namespace) -> dict[str, str | None]:
+    """What --to, --from and --language_token say, as the session takes it. Raises UsageError, with the nearest codes,
+    when the run is not told these languages, or misses one.
+    """
+    given = {"to": flags.to, "from_": flags.from_, "language_token": flags.language_token}
     try:
-        session.vocabulary.language_token(flags.to)
-    except KeyError as error:
+        session.frame(**given)
+    except (KeyError, ValueError) as error:
         raise UsageError(str(error.args[0])) from error
+    return given
 
 
 def _mesh(text: str):

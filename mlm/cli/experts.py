@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> None:
         raise UsageError(f"{flags.run} is no run directory")
     try:
         {"show": _show, "upcycle": _upcycle, "prune": _prune}[flags.command](flags)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -137,8 +137,7 @@ def _write(flags: argparse.Namespace, session: Any, config: Any, params: Any) ->
     """The new run, whole or not at all: what the old one was, with another model."""
     from mlm import trees
     from mlm.checkpoints import CheckpointConfig, Checkpointer
-    from mlm.checkpoints.run_directory import RunDirectory
-    from mlm.interop.runs import new_folder
+    from mlm.checkpoints.run_directory import RunDirectory, new_folder
     from mlm.models.config import to_json
 
     with new_folder(Path(flags.target)) as folder:

@@ -14,10 +14,10 @@ def run(arguments: list[str]) -> int:
         raise UsageError("the text is empty")
     options = decoding_flags.decode_options(flags)
     session = decoding_flags.open_session(flags)
-    decoding_flags.check_language(session, flags)
+    languages = decoding_flags.languages(session, flags)
     with screen.working("decoding"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        (found,) = session.decode(flags.text, flags.to, language_token=flags.language_token, **options)
+        (found,) = session.decode(flags.text, **languages, **options)
     for warning in caught:
         if warning.category is UserWarning:
             screen.say(f"mlm generate: {warning.message}")

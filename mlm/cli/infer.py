@@ -36,15 +36,14 @@ def run(arguments: list[str]) -> int:
     if flags.input != "-" and not Path(flags.input).is_file():
         raise UsageError(f"--input={flags.input} is no file")
     session = decoding_flags.open_session(flags)
-    decoding_flags.check_language(session, flags)
+    languages = decoding_flags.languages(session, flags)
     settings = {
         "run": str(session.run.path.absolute()),
         "step": session.step,
         "parameters": session.parameters,
         "quantise": session.quantise,
         "vocabulary": session.vocabulary.digest,
-        "to": flags.to,
-        "language_token": flags.language_token,
+        **languages,
         **options,
     }
 
@@ -53,13 +52,13 @@ def run(arguments: list[str]) -> int:
         sources, places = [], []
         for place, text in enumerate(texts):
             try:
-                sources += session.encode(text, flags.to, language_token=flags.language_token)
+                sources += session.encode(text, **languages)
                 places.append(place)
             except ValueError as error:
                 results[place] = {"error": str(error)}
         # The line's number is the source of its randomness, so that a resumed run draws what the first one would have.
         ids = [numbers[place] for place in places]
-        found = session.decode(sources, flags.to, language_token=flags.language_token, ids=ids, **options)
+        found = session.decode(sources, **languages, ids=ids, **options)
         for place, source, best in zip(places, sources, found, strict=True):
             results[place] = _result(best) | ({"trimmed": True} if source.trimmed else {})
         return results

@@ -234,7 +234,7 @@ def _initial(plan: Plan, trainer: Any, vocabulary: Any) -> Any:
     from mlm.checkpoints import Checkpointer, CheckpointError
     from mlm.checkpoints.run_directory import RunDirectory
     from mlm.data.vocabulary import check_same_vocabulary
-    from mlm.interop.family import differences, mathematics
+    from mlm.models.comparison import differences, mathematics
     from mlm.models.config import from_json, to_json
 
     try:

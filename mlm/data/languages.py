@@ -8,10 +8,10 @@ Corpora disagree about codes: mC4 writes `iw` and `no`, LibreOffice `sr_Cyrl`, F
 and `pt-BR`, `sr` and `sr-Latn`, `zh` and `zh-Hant`, `oc` and `oc-provenc`.
 """
 
+import difflib
 import importlib.resources
+from collections.abc import Collection
 from typing import NamedTuple
-
-from mlm.registry import nearest
 
 
 class Language(NamedTuple):
@@ -38,11 +38,36 @@ def language_id(code: str, source: str = "") -> int:
     for key in (f"{source}:{code}", code):
         if (found := _IDS.get(_normal(key))) is not None:
             return found
-    named = [f"{r.code!r} ({r.name})" for r in LANGUAGES[1:] if len(code) > 3 and code.lower() in r.name.lower()]
-    hint = f"did you mean {', '.join(named[:3])}?" if named else nearest(_normal(code), _IDS)
     raise KeyError(
-        f"no language has the code {code!r}; {hint} A new language is a new last line in mlm/data/languages.tsv"
+        f"no language has the code {code!r}; {nearest_languages(code)} A new language is a new last line in "
+        "mlm/data/languages.tsv"
     )
+
+
+def nearest_languages(code: str, known: Collection[str] | None = None) -> str:
+    """Text for an error message: the languages whose codes or names are closest to what was asked for.
+
+    known: codes (`Language.code`) to choose from; None: all.
+
+    >>> nearest_languages("frensh", ["de", "fr", "sw"])
+    "did you mean 'fr' (French)?"
+    """
+    wanted = _normal(code)
+    records = [record for record in LANGUAGES[1:] if known is None or record.code in known]
+
+    def closeness(record: Language) -> float:
+        forms = (record.code, f"{record.code}-{record.script}", record.iso639_3, *record.aliases, record.name)
+        contained = 0.75 if len(wanted) > 3 and wanted in record.name.lower() else 0.0
+        return max(contained, *(difflib.SequenceMatcher(None, wanted, _normal(form)).ratio() for form in forms))
+
+    ranks = sorted(((closeness(record), -record.id, record) for record in records), reverse=True)
+    close = [record for value, _, record in ranks if value >= 0.6]
+    if not close and len(records) <= 12:
+        return f"known: {', '.join(f'{r.code} ({r.name})' for r in records) or 'none'}."
+    found = (close or [record for value, _, record in ranks if value > 0])[:3]
+    if not found:
+        return "a code is like 'fr', 'pt-BR' or 'zh-Hant'."
+    return f"did you mean {', '.join(f'{r.code!r} ({r.name})' for r in found)}?"
 
 
 def language(code: str, source: str = "") -> Language:

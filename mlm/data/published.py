@@ -11,12 +11,14 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sentencepiece import sentencepiece_model_pb2
 
 from mlm.data.languages import language
+from mlm.data.templates import EOS, FROM, TEXT, TO, TOKENIZERS, USUAL, Template
 from mlm.data.vocabulary import (
     ByteVocabulary,
     Piece,
@@ -33,6 +35,15 @@ FILES = (
     *("generation_config.json",),
 )
 SENTINEL_FAMILIES = ("t5", "mt5", "umt5", "switch_transformers")  # <extra_id_n> follow the pieces of the file
+# Languages of M2M-100's dictionaries, which follow its words in this order, by the `language_codes` of its tokenizer.
+FAIRSEQ_LANGUAGES = {
+    "m2m100": """
+        af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr ht
+        hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or pa pl ps
+        pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu
+    """,
+    "wmt21": "en ha is ja cs ru zh de",
+}
 _LANGUAGE = re.compile(r"__([a-z]{2,3})__|([a-z]{3}_[A-Z][a-z]{3})|([a-z]{2})_[A-Z]{2}")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 Types = dict[str, int]
@@ -78,6 +89,43 @@ def take_vocabulary(folder: Path, target: Path, config: Mapping[str, Any], first
         if not plain.sentinel_ids and config.get("model_type") in SENTINEL_FAMILIES:
             SentencePieceVocabulary(path, settings.get("extra_ids", 100)).save(path)
     return load_vocabulary(path)
+
+
+def take_template(folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> Template | None:
+    """How the tokenizer of a Hugging Face folder writes sources, and what it has the decoder write first; None where it
+    adds nothing but an end.
+
+    From the class where that decides; else what tokenizer_config.json or the template of tokenizer.json say; else as
+    the family has it. Raises KeyError for a special token that the vocabulary lacks.
+    """
+    settings, whole = _json(folder / "tokenizer_config.json"), _json(folder / "tokenizer.json")
+    kind = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
+    found = TOKENIZERS.get(kind.removesuffix("Fast"))
+    if found and settings.get("legacy_behaviour"):  # NLLB's as transformers 4.22 had it
+        found = replace(found, source=(TEXT, EOS, FROM))
+    found = found or _template_of(settings, whole) or USUAL.get(config.get("model_type", ""), Template())
+    for name in (*found.source, *found.target):
+        if name not in (TEXT, EOS, FROM, TO):
+            vocabulary.special(name)
+    return None if found == Template() else found
+
+
+def _template_of(settings: Mapping[str, Any], whole: Mapping[str, Any]) -> Template | None:
+    """What a tokenizer's settings, or its post-processor, put around a text."""
+    if {"add_bos_token", "add_eos_token"} & set(settings):
+        bos = settings.get("bos_token") or "<s>"
+        first = (bos if isinstance(bos, str) else bos["content"],) if settings.get("add_bos_token") else ()
+        return Template((*first, TEXT, *([EOS] if settings.get("add_eos_token") else [])))
+    steps = whole.get("post_processor") or {}
+    for step in steps.get("processors", [steps]):
+        if step.get("type") == "TemplateProcessing":
+            ends = ("</s>", "<eos>")
+            names = [part["SpecialToken"]["id"] if "SpecialToken" in part else TEXT for part in step["single"]]
+            source = tuple(EOS if n in ends else FROM if _language_name(n) != n else n for n in names)
+            # The same source is written by a tokenizer that is known, and that says how the target begins.
+            known = next((one for one in TOKENIZERS.values() if one.source == source), None)
+            return known or Template(source, (TO,) if FROM in source else ())
+    return None
 
 
 def keep_files(folder: Path, target: Path) -> None:
@@ -189,6 +237,8 @@ def _from_fairseq(folder: Path, model: Path, settings: Mapping[str, Any], first:
     names = [token if isinstance(token, str) else token["content"] for token in extra]
     head = ["<s>", "<pad>", "</s>", "<unk>"]
     words: dict[str, int] = _json(folder / "vocab.json")
+    if words and not names:
+        names = [f"__{code}__" for code in FAIRSEQ_LANGUAGES[settings.get("language_codes", "m2m100")].split()]
     order = sorted(words, key=words.__getitem__) if words else [*head, *(p.piece for p in given.pieces[3:])]
     order += [name for name in names if name not in order]
     if not words and "<mask>" not in order:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mlm.data.languages import language
+from mlm.data.languages import language, nearest_languages
 from mlm.data.tensorflow import tf
 from mlm.registry import nearest
 
@@ -71,11 +71,18 @@ class SpecialTokens:
         known = self.language_tokens
         if code in known:
             return known[code]
-        record = language(code)
+        try:
+            record = language(code)
+        except KeyError:
+            raise KeyError(
+                f"no language has the code {code!r}; {nearest_languages(code, known)} Vocabulary {self.where} has "
+                f"tokens of {len(known)} languages"
+            ) from None
         if record.code not in known:
             raise KeyError(
                 f"vocabulary {self.where} has no token <2{record.code}> ({record.name}) among its {len(known)} "
-                f"language tokens; {nearest(record.code, known)} Train one with {record.code!r} among its languages"
+                f"language tokens; {nearest_languages(record.code, known)} Train one with {record.code!r} among its "
+                "languages"
             )
         return known[record.code]
 

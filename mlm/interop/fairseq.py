@@ -95,22 +95,22 @@ def rules(config: ModelConfig) -> list[Rule]:
             found += [
                 Rule(f"{ours}/{name}/out", f"{layer}.{theirs}.out_proj.weight", "d (h k) -> h k d"),
                 Rule(f"{ours}/{name}/out_bias", f"{layer}.{theirs}.out_proj.bias", "d"),
-                *_norm(f"{ours}/{name}/norm", f"{layer}.{theirs}_layer_norm"),
+                *norm(f"{ours}/{name}/norm", f"{layer}.{theirs}_layer_norm"),
             ]
         found += [
             Rule(f"{ours}/ffn/up", f"{layer}.fc1.weight", "f d -> d f"),
             Rule(f"{ours}/ffn/up_bias", f"{layer}.fc1.bias", "f"),
             Rule(f"{ours}/ffn/down", f"{layer}.fc2.weight", "d f -> f d"),
             Rule(f"{ours}/ffn/down_bias", f"{layer}.fc2.bias", "d"),
-            *_norm(f"{ours}/ffn/norm", f"{layer}.final_layer_norm"),
-            *_norm(f"{side}/final_norm", f"model.{side}.layer_norm"),
-            *_norm(f"{side}/embedding_norm", f"model.{side}.layernorm_embedding"),
+            *norm(f"{ours}/ffn/norm", f"{layer}.final_layer_norm"),
+            *norm(f"{side}/final_norm", f"model.{side}.layer_norm"),
+            *norm(f"{side}/embedding_norm", f"model.{side}.layernorm_embedding"),
             Rule(f"{side}/absolute", f"model.{side}.embed_positions.weight", "p d"),
         ]
     return found
 
 
-def _norm(ours: str, theirs: str) -> list[Rule]:
+def norm(ours: str, theirs: str) -> list[Rule]:
     return [Rule(f"{ours}/scale", f"{theirs}.weight", "d"), Rule(f"{ours}/bias", f"{theirs}.bias", "d")]
 
 

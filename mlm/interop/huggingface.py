@@ -3,27 +3,28 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlm.checkpoints.streaming import Layout, StoredParams, write_params
-from mlm.interop import fairseq, gemma, mixtures, t5
-from mlm.interop.family import Family, Keys, differences, mathematics
+from mlm.interop import fairseq, gemma, mixtures, t5, xlm_r
+from mlm.interop.family import Family, Keys
 from mlm.interop.files import DTYPES, SHARD_BYTES, TensorFolder, read_json, write_tensors
 from mlm.interop.rules import Block, ConversionError, Piece, by_leaf, plan, shapes
+from mlm.models.comparison import differences, mathematics
 from mlm.models.config import ModelConfig, to_json
 from mlm.registry import Registry, nearest
 
 FAMILIES: Registry[Family] = Registry("Hugging Face model_type")
-for _family in (*t5.FAMILIES, *fairseq.FAMILIES, *gemma.FAMILIES, *mixtures.FAMILIES):
+for _family in (*t5.FAMILIES, *fairseq.FAMILIES, *gemma.FAMILIES, *mixtures.FAMILIES, *xlm_r.FAMILIES):
     FAMILIES[_family.name] = _family
 Progress = Callable[[Iterator[Block]], Iterator[Block]]  # e.g. a bar around the blocks
 
 # What a run keeps of the config.json it came from, and an export gives back.
-_KEPT = re.compile(r".*_token_id|tokenizer_class|dropout.*|.*_dropout|architectures")
+_KEPT = re.compile(r".*_token_id|tokenizer_class|.*dropout.*|architectures")
 _NO_PROGRESS: Progress = lambda blocks: blocks  # noqa: E731
 
 
@@ -54,7 +55,12 @@ def open_published(folder: Path) -> Published:
     family = _family_of(content, folder)
     tensors = TensorFolder(folder)
     names = frozenset(tensors.shapes)
-    repeated = {c: o for c, o in family.copies.items() if c in names and o in names and _equal(tensors, c, o)}
+    kept = _kept(family, names)
+    repeated = {
+        copy: kept[original]
+        for copy, original in family.copies.items()
+        if copy in names and copy != kept[original] and _equal(tensors, copy, kept[original])
+    }
     keys = Keys(content, str(folder / "config.json"))
     keys.expect("tie_encoder_decoder", False)
     keys.expect("pruned_heads", {})
@@ -66,6 +72,9 @@ def open_published(folder: Path) -> Published:
         raise ConversionError(f"{keys.where}: {error}") from error
     keys.finish(family.harmless)
     pieces = plan(config, family.rules(config))
+    planned = {piece.name for piece in pieces}
+    kept = {original: name for original, name in kept.items() if name not in planned}
+    pieces = [replace(piece, name=kept.get(piece.name, piece.name)) for piece in pieces]
     _check(folder, family, tensors, pieces, repeated)
     return Published(family, config, content, tensors, pieces)
 
@@ -177,6 +186,17 @@ def _family_of(content: Mapping[str, Any], folder: Path) -> Family:
             f"{nearest(name, FAMILIES)}"
         )
     return FAMILIES[name]
+
+
+def _kept(family: Family, names: frozenset[str]) -> dict[str, str]:
+    """Name of a tensor that others repeat -> the name that it has in this file: which one a file keeps of tensors that
+    are one is chance.
+    """
+    kept: dict[str, str] = {}
+    for copy, original in family.copies.items():
+        if original in names or copy in names:
+            kept.setdefault(original, original if original in names else copy)
+    return kept
 
 
 def _check(

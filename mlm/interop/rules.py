@@ -6,7 +6,8 @@ A rule is a pair of names and a pattern, read in both directions:
 
 Our names leave the stacking out: {n} is the layer's number in its stack, wherever its parameters are kept. {e} is an
 expert that has a tensor of its own in the other library. The pattern says how the axes of one layer lie there and
-here; without an arrow they lie alike. An axis called `n` there holds all layers, of which the rule takes one.
+here; without an arrow they lie alike. An axis called `n` there holds all layers, of which the rule takes one; one of
+length 1 there, written so, is none here.
 """
 
 import itertools
@@ -47,7 +48,8 @@ class Axes:
     @classmethod
     def parse(cls, pattern: str) -> "Axes":
         left, _, right = pattern.partition("->")
-        groups = tuple(tuple(g.strip("()").split()) for g in re.findall(r"\([^)]*\)|\S+", left))
+        found = (g.strip("()").split() for g in re.findall(r"\([^)]*\)|\S+", left))
+        groups = tuple(tuple(letter for letter in group if letter != "1") for group in found)
         ours = tuple((right or left.replace("(", " ").replace(")", " ")).split())
         letters = [letter for group in groups for letter in group if letter != "n"]
         if sorted(letters) != sorted(ours):
@@ -81,6 +83,9 @@ class Piece:
 
     def blocks(self) -> Iterator["Block"]:
         """The piece in parts of about BLOCK_BYTES, cut along the first axis of theirs."""
+        if not self.axes.theirs[0]:
+            yield Block(self, slice(0, 1), tuple(slice(0, n) for n in self.shape))
+            return
         first = self.axes.theirs[0][0]
         size = self.sizes[first]
         step = max(1, min(size, BLOCK_BYTES * size // max(1, 4 * int(np.prod(self.shape)))))

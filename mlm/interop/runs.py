@@ -1,10 +1,7 @@
-"""A converted checkpoint as a run directory, whole or not at all, and the way back."""
+"""What a converted checkpoint holds as a run directory, beside its arrays."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +13,6 @@ from mlm.models.config import ModelConfig, to_json
 RECORD = "published.json"  # in a run: the family it came from, and what of its config.json an export gives back
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder under a temporary name, renamed to `path` when the block ends well and removed when it does not.
-
-    Raises ConversionError when something is there already, or the place cannot be written.
-    """
-    target = path.expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"{path} exists and is not empty; name a new folder, or remove this one")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        raise ConversionError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def write_run_files(
     folder: Path,
     config: ModelConfig,
@@ -48,9 +22,13 @@ def write_run_files(
     origin: str,
     lengths: tuple[int, int],
     record: Mapping[str, Any],
+    template: Mapping[str, Any] | None = None,
 ) -> None:
-    """All that a run holds beside checkpoints and the vocabulary file. lengths: tokens that it reads and writes."""
-    for (name, stack), length in zip(config.stacks().items(), lengths[-len(config.stacks()) :], strict=True):
+    """All that a run holds beside checkpoints and the vocabulary file. lengths: tokens that it reads and writes.
+    template: how its sources are written, where it says (`mlm.data.templates`).
+    """
+    for name, stack in config.stacks().items():
+        length = lengths[name == "decoder"]
         if stack.embedding.length is not None and length > stack.embedding.length:
             raise ConversionError(
                 f"the {name} has {stack.embedding.length} learned positions and cannot take {length} tokens; choose "
@@ -59,7 +37,8 @@ def write_run_files(
     run = RunDirectory(folder)
     run.write_json("model.json", to_json(config))
     data = {"mixture": origin, "inputs_length": lengths[0], "targets_length": lengths[1], "task_modules": []}
-    run.write_json("data.json", {**data, "vocabulary": vocabulary.name, "vocabulary_digest": digest})
+    data |= {"vocabulary": vocabulary.name, "vocabulary_digest": digest}
+    run.write_json("data.json", data if template is None else {**data, "template": dict(template)})
     run.write_json("versions.json", versions())
     run.write_json(RECORD, dict(record))
 

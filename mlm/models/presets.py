@@ -20,6 +20,7 @@ from mlm.models.specs import (
     check_choice,
 )
 from mlm.registry import Registry
+from mlm.types import EOS_ID
 
 T5_VOCAB = 32_128
 MT5_VOCAB = 250_112  # 250,000 pieces + 100 sentinels, padded to a multiple of 128
@@ -96,6 +97,7 @@ GEMMA_3_SIZES = {
     "4b": (2560, 10240, 8, 4, 256, 34, 1024, 8.0),
 }
 GEMMA_NORM = NormSpec(offset_one=True)
+GEMMA_START = 3  # <bos>, in the order of ids here
 SANDWICH = ResidualSpec(order="sandwich")
 
 
@@ -110,7 +112,8 @@ def t5gemma(
     encoder: Mapping[str, int] | None = None,
     vocab_size: int = 256_000,
 ) -> ModelConfig:
-    """T5Gemma (Zhang et al. 2025): Gemma 2 layers, windows of 4,096 in every other one, separate input tables.
+    """T5Gemma (Zhang et al. 2025): Gemma 2 layers, windows of 4,096 in every other one, separate input tables. The
+    decoder begins with <bos>.
 
     encoder: its sizes, named as the decoder's, where it is a model of another size.
     """
@@ -142,6 +145,7 @@ def t5gemma(
         encoder_width=sizes[False]["d_model"],
         share_embedding=False,
         head=HeadSpec(kind="tied", softcap=30.0),
+        start_token=GEMMA_START,
     )
 
 
@@ -180,6 +184,7 @@ def gemma_3(
         encoder=stack("self") if encoder else None,
         decoder=stack("joint" if encoder else "self"),
         head=HeadSpec(kind="tied"),
+        start_token=GEMMA_START,
     )
 
 
@@ -211,6 +216,7 @@ def fairseq_style(
     learned: bool = False,
 ) -> ModelConfig:
     """M2M-100 and NLLB (Fan et al. 2020, NLLB team 2022): LayerNorm first, biases, sinusoids, one table for all ends.
+    The decoder begins with the end of sequence.
 
     learned: mBART (Liu et al. 2020): 1,024 learned positions and a norm after them. WMT21 (Tran et al. 2021) is a wide
     M2M-100 with the vocabulary of its translation checkpoints.
@@ -237,6 +243,7 @@ def fairseq_style(
         encoder=stack(own, ffn),
         decoder=stack(own, cross, ffn),
         head=HeadSpec(kind="tied"),
+        start_token=EOS_ID,
     )
 
 
@@ -246,7 +253,15 @@ XLM_R_XL_SIZES = {"xl": (2560, 10240, 32, 36, 250_880), "xxl": (4096, 16384, 32,
 
 
 def bert_style(
-    *, d_model: int, d_ff: int, heads: int, layers: int, vocab_size: int, length: int = 512, order: str = "post"
+    *,
+    d_model: int,
+    d_ff: int,
+    heads: int,
+    layers: int,
+    vocab_size: int,
+    length: int = 512,
+    order: str = "post",
+    eps: float = 1e-5,
 ) -> ModelConfig:
     """XLM-R (Conneau et al. 2020): BERT's encoder, norms after the sublayers and one after the embedding.
 
@@ -259,7 +274,7 @@ def bert_style(
         group=(LayerSpec(sublayers=(own, FFNSpec(d_ff=d_ff, activation="gelu", bias=True))),),
         repeats=layers,
         causal=False,
-        norm=NormSpec(kind="layer", eps=1e-5),
+        norm=NormSpec(kind="layer", eps=eps),
         residual=ResidualSpec(order=order),
         embedding=EmbeddingSpec(
             std=0.02, positions="learned", length=length, offset=2, token_type=True, norm=order == "post"
@@ -532,11 +547,13 @@ def preset(
     every: int = 2,
     languages: int | None = None,
     language_parts: tuple[str, ...] = (),
+    start_token: int | None = None,
 ) -> ModelConfig:
     """The published model `name`, with what a run may change about it; None keeps the published value.
 
     router: makes every `every`-th layer's feed-forward network a mixture of experts (`sparse`).
     language_parts: what is kept for each of so many `languages` ("norms", "bridge", "offsets": `language_aware`).
+    start_token: what the decoder reads first; published ids mean something else in a vocabulary of one's own.
     Raises KeyError with the nearest names for an unknown preset.
     """
     config = PRESETS[name]()
@@ -556,5 +573,6 @@ def preset(
     config = config if router is None else sparse(config, router, every=every)
     execution = {"dropout": dropout, "remat": remat, "scan": scan, "attention": attention}
     stack: dict[str, Any] = {k: v for k, v in execution.items() if v is not None}
-    top: dict[str, Any] = {k: v for k, v in (("vocab_size", vocab_size), ("dtype", dtype)) if v is not None}
+    whole = {"vocab_size": vocab_size, "dtype": dtype, "start_token": start_token}
+    top: dict[str, Any] = {k: v for k, v in whole.items() if v is not None}
     return replace(config, **top | {side: replace(own, **stack) for side, own in config.stacks().items()})

@@ -1,6 +1,7 @@
 """The transformer: pure functions of a nested dict of arrays, built from a `ModelConfig`."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -129,6 +130,10 @@ class Transformer:
         self._ends = Template(partial(Ends, config))
         width = {"encoder": config.memory_width, "decoder": config.d_model}
         self._stacks = {name: Stack(width[name], config.memory_width, stack) for name, stack in config.stacks().items()}
+
+    def starting_with(self, token: int) -> "Transformer":
+        """The same, but that its decoder reads this token first."""
+        return Transformer(replace(self.config, start_token=token), self._placement)
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters: {"embedding", "head", "encoder": {...}, "decoder": {...}}, those that there are."""

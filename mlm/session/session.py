@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mlm.checkpoints.run_directory import RunDirectory
+from mlm.data.templates import FROM, PLACES, TO, Frame, Template
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.decoding.scoring import Scorer
@@ -22,8 +23,6 @@ from mlm.models.transformer import Transformer
 from mlm.registry import nearest
 from mlm.trees import count
 from mlm.types import EOS_ID, Params
-
-PLACES = ("source", "target")
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,10 @@ class Session:
     """A model with its parameters and vocabulary. Made by `load`; compiled programs are kept for the next call.
 
     Texts are cleaned and encoded as the training tasks do it. A text longer than the run's inputs loses its end, with a
-    warning. language_token says where a target language stands: first in the "source", as the translation tasks put it,
-    or forced first in the "target".
+    warning. `to` and `from_` name the language to be written and, where the model is told, the one that is read. Their
+    tokens stand where the run says (`template`: a converted one keeps its family's way), or else, or by language_token,
+    where translation tasks put them: `to` in the "source", or forced first in the "target", or "both", `from_` first in
+    the source and `to` in the target.
     """
 
     def __init__(
@@ -72,11 +73,14 @@ class Session:
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
         self.quantise = quantise
-        self._generators: dict[DecodeConfig, Generator] = {}
-        self._scorer = Scorer(model, rows=rows, batch_size=batch_size)
+        self.template = Template.from_json(data["template"]) if "template" in data else PLACES["source"]
+        self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
+        self._scorers: dict[int | None, Scorer] = {}
         self._token_losses = TokenLosses(model, rows=rows)
 
     def __repr__(self) -> str:
+        example = ", ".join({TO: 'to="fr"', FROM: 'from_="en"'}[name] for name in reversed(self.template.asks_for))
+        asked = f", {example}" if example else ""
         kind = "running mean of the parameters" if self.parameters == "ema" else "parameters"
         kind += f", layers as {self.quantise}" if self.quantise else ""
         return (
@@ -85,12 +89,12 @@ class Session:
             f"{self.data['targets_length']} out\n"
             f"  vocabulary {self.data['vocabulary']}: {self.vocabulary.vocab_size:,} ids, "
             f"{len(self.languages)} language tokens\n"
-            f'  .generate(texts, to="fr")   .score(pairs, to="fr")   .evaluate(task)   .languages'
+            f"  .generate(texts{asked})   .score(pairs{asked})   .evaluate(task)   .languages"
         )
 
     @property
     def languages(self) -> list[str]:
-        """Codes that `to` accepts: the languages that have a token."""
+        """Codes that `to` and `from_` accept: the languages that have a token."""
         return sorted(self.vocabulary.language_tokens)
 
     def generate(
@@ -99,16 +103,19 @@ class Session:
         to: str | None = None,
         method: str = "greedy",
         *,
-        language_token: str = "source",
+        from_: str | None = None,
+        language_token: str | None = None,
         **options: Any,
     ) -> list:
         """Decoded texts, in order; with n_best > 1 a list of texts for each, best first.
 
         to: language to write. Without it a text may hold special tokens, as in "The <extra_id_0> sat on the mat".
-        options: those of `DecodeConfig`: beams, alpha, n_best, temperature, top_k, top_p, max_length, seed, …
-        Raises ValueError for an empty text, KeyError for a language without a token or an unknown method.
+        from_: language of the texts. options: those of `DecodeConfig`: beams, alpha, n_best, temperature, top_k, top_p,
+        max_length, seed, …
+        Raises ValueError for an empty text, a missing language, or one that the model is not told, KeyError for a
+        language without a token or an unknown method.
         """
-        found = self.decode(texts, to, method, language_token=language_token, **options)
+        found = self.decode(texts, to, method, from_=from_, language_token=language_token, **options)
         single = options.get("n_best", 1) == 1
         return [best[0].text if single else [h.text for h in best] for best in found]
 
@@ -118,7 +125,8 @@ class Session:
         to: str | None = None,
         method: str = "greedy",
         *,
-        language_token: str = "source",
+        from_: str | None = None,
+        language_token: str | None = None,
         ids: Sequence[int] | None = None,
         languages: Sequence[int] | None = None,
         **options: Any,
@@ -128,47 +136,49 @@ class Session:
         texts: or what `encode` made of them. ids: numbers of the texts, the source of their randomness. languages: ids
         of the languages that a language-aware model is to write, where they are not all `to`.
         """
+        frame = self.frame(to, from_, language_token)
         given = [texts] if isinstance(texts, str) else list(texts)
-        encoded = iter(self.encode([t for t in given if isinstance(t, str)], to, language_token=language_token))
+        encoded = iter(self._encode([t for t in given if isinstance(t, str)], to, frame))
         sources = [(text if isinstance(text, Source) else next(encoded)).tokens for text in given]
-        prompts = None
-        if to is not None and language_token == "target":
-            prompts = [[self.vocabulary.language_token(to)]] * len(sources)
-        skip = 0 if prompts is None else 1
+        prompts = [frame.prompt] * len(sources) if frame.prompt else None
+        alone = self.config.encoder is None  # what it reads is the beginning of what it writes
+        skips = [len(frame.prompt) + (len(source) if alone else 0) for source in sources]
         languages = languages or self._languages(to, len(sources))
-        decoded = self.generator(method, options)(self.params, sources, prompts=prompts, ids=ids, languages=languages)
+        generator = self.generator(method, options, frame.start)
+        decoded = generator(self.params, sources, prompts=prompts, ids=ids, languages=languages)
         return [
             [
                 Hypothesis(self._text(tokens[skip:length]), float(score), tokens[:length].tolist())
                 for tokens, score, length in zip(*row, strict=True)
                 if length
             ]
-            for row in zip(decoded.tokens, decoded.scores, decoded.lengths, strict=True)
+            for skip, *row in zip(skips, decoded.tokens, decoded.scores, decoded.lengths, strict=True)
         ]
 
     def score(
-        self, pairs: Iterable[tuple[str, str]], to: str | None = None, *, language_token: str = "source"
+        self,
+        pairs: Iterable[tuple[str, str]],
+        to: str | None = None,
+        *,
+        from_: str | None = None,
+        language_token: str | None = None,
     ) -> np.ndarray:
         """log P(target, EOS | source) of (source, target) texts, in nats; float32 [pairs]. `to` as in `generate`.
 
         Raises ValueError for an empty source or target.
         """
-        pairs = list(pairs)
-        sources = [s.tokens for s in self.encode([source for source, _ in pairs], to, language_token=language_token)]
-        targets = [[*self._tokens(i, "target", target, to), EOS_ID] for i, (_, target) in enumerate(pairs)]
-        if to is None or language_token == "source":
-            return self.score_tokens(sources, targets, self._languages(to, len(sources)))
-        token = self.vocabulary.language_token(to)  # given, so its own probability does not count
-        targets = [[token, *target] for target in targets]
-        found = self._scorer(self.params, sources, targets, self._languages(to, len(sources)))
-        return found.totals - found.tokens[:, 0]
+        frame, pairs = self.frame(to, from_, language_token), list(pairs)
+        sources = [s.tokens for s in self._encode([source for source, _ in pairs], to, frame)]
+        targets = [[*frame.prompt, *self._tokens(i, "target", t, to), EOS_ID] for i, (_, t) in enumerate(pairs)]
+        found = self._scorer(frame.start)(self.params, sources, targets, self._languages(to, len(sources)))
+        return found.totals - found.tokens[:, : len(frame.prompt)].sum(1)  # what is given costs nothing
 
     def score_tokens(self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None = None) -> np.ndarray:
         """log P(target | source) of token lists as they stand, in nats; float32 [pairs].
 
         languages: ids of the targets' languages, which a language-aware model asks for.
         """
-        return self._scorer(self.params, sources, targets, languages).totals
+        return self._scorer()(self.params, sources, targets, languages).totals
 
     def evaluate(
         self,
@@ -247,17 +257,31 @@ class Session:
         return jax.jit(fresh, out_shardings=placed)(jax.random.key(seed))
 
     def encode(
-        self, texts: str | Sequence[str], to: str | None = None, *, language_token: str = "source"
+        self,
+        texts: str | Sequence[str],
+        to: str | None = None,
+        *,
+        from_: str | None = None,
+        language_token: str | None = None,
     ) -> list[Source]:
-        """What the encoder reads for each text: the language token if it stands in the source, the text, EOS."""
-        if language_token not in PLACES:
-            raise ValueError(f"language_token={language_token!r} is not one of {PLACES}")
-        first = [self.vocabulary.language_token(to)] if to is not None and language_token == "source" else []
-        room = self.data["inputs_length"] - 1 - len(first)
+        """What the encoder reads for each text: its tokens, among what the template puts around them."""
+        return self._encode([texts] if isinstance(texts, str) else texts, to, self.frame(to, from_, language_token))
+
+    def frame(self, to: str | None = None, from_: str | None = None, language_token: str | None = None) -> Frame:
+        """The tokens around a source, and before what is written. language_token: a name of PLACES; None: the run's."""
+        template = self.template if language_token is None else PLACES[language_token]
+        frame = template.frame(self.vocabulary, to, from_)
+        if self.config.encoder is not None:
+            return frame
+        # A decoder goes on with its source: that does not end, and begins with the start token anyway.
+        return frame._replace(before=[t for t in frame.before if t != self.config.start_token], after=[])
+
+    def _encode(self, texts: Sequence[str], to: str | None, frame: Frame) -> list[Source]:
+        room = self.data["inputs_length"] - len(frame.before) - len(frame.after)
         sources = []
-        for index, text in enumerate([texts] if isinstance(texts, str) else texts):
+        for index, text in enumerate(texts):
             tokens = self._tokens(index, "text", text, to)
-            sources.append(Source([*first, *tokens[:room], EOS_ID], len(tokens) > room))
+            sources.append(Source([*frame.before, *tokens[:room], *frame.after], len(tokens) > room))
         trimmed = [i for i, source in enumerate(sources) if source.trimmed]
         if trimmed:
             warnings.warn(
@@ -285,16 +309,30 @@ class Session:
     def _text(self, tokens: np.ndarray) -> str:
         return self.vocabulary.decode([int(token) for token in tokens])
 
-    def generator(self, method: str, options: Mapping[str, Any]) -> Generator:
+    def generator(self, method: str, options: Mapping[str, Any], start: int | None = None) -> Generator:
+        """start: what the decoder reads first, where not the model's own. Raises ValueError for an encoder alone."""
         try:
             config = DecodeConfig(**{"method": method, "max_length": self.data["targets_length"], **options})
         except TypeError:
             known = DecodeConfig.__dataclass_fields__
             wrong = next(name for name in options if name not in known)
             raise ValueError(f"no decoding option {wrong!r}; {nearest(wrong, known)}") from None
-        if config not in self._generators:
-            self._generators[config] = Generator(self.model, config, rows=self.rows, batch_size=self._batch_size)
-        return self._generators[config]
+        if (config, start) not in self._generators:
+            made = Generator(self._starting_with(start), config, rows=self.rows, batch_size=self._batch_size)
+            self._generators[config, start] = made
+        return self._generators[config, start]
+
+    def _scorer(self, start: int | None = None) -> Scorer:
+        if self.config.encoder is None:
+            raise ValueError(f"{self.run.path} holds a decoder alone: scores are of a target behind a source")
+        if start not in self._scorers:
+            self._scorers[start] = Scorer(self._starting_with(start), rows=self.rows, batch_size=self._batch_size)
+        return self._scorers[start]
+
+    def _starting_with(self, start: int | None) -> Transformer:
+        if self.config.decoder is None:
+            raise ValueError(f"{self.run.path} holds an encoder alone: it takes a decoder to write or to score")
+        return self.model if start is None else self.model.starting_with(start)
 
     def _load_tasks(self) -> None:
         from mlm.data.registration import load_tasks

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 import mlm
 from mlm.cli.main import main
 from mlm.data.vocabulary import load_vocabulary
+from tests.data.published_test import train
 from tests.interop import recipe
 
 GOLDEN = recipe.load(recipe.GOLDENS / "t5_1_1.npz")
@@ -83,6 +84,63 @@ def test_a_run_that_was_trained_here_goes_out(tiny_run, tmp_path):
         ours["decoder"]["layers"]["0"]["ffn"]["gate"], theirs["decoder"]["layers"]["0"]["ffn"]["gate"]
     )
     assert mlm.load(again).data["inputs_length"] == 48
+
+
+def with_tokenizer(folder: Path, member: str, names: list[str]) -> Path:
+    """A tiny member of a family that grew from fairseq, with a SentencePiece file and these special tokens."""
+    golden = recipe.load(recipe.GOLDENS / f"{member}.npz")
+    shapes = {n: (512, *s[1:]) if s[0] == recipe.VOCABULARY else s for n, s in golden.shapes.items()}
+    recipe.write_folder(folder, {**golden.config, "vocab_size": 512}, shapes)
+    train(folder / "sentencepiece.bpe.model", unk_id=0, bos_id=1, eos_id=2)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": names}))
+    return folder
+
+
+def test_a_converted_translator_is_told_both_languages(tmp_path, capsys):
+    folder = with_tokenizer(tmp_path / "nllb", "m2m_100", ["eng_Latn", "fra_Latn"])
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "run")]) == 0
+    session = mlm.load(tmp_path / "run")
+    en, fr = (session.vocabulary.language_token(code) for code in ("en", "fr"))
+    (source,) = session.encode("good morning", "fr", from_="en")
+    assert source.tokens == [en, *session.vocabulary.encode("good morning"), 1]
+    (best,) = session.decode("good morning", "fr", from_="en", max_length=6)[0]
+    assert best.tokens[0] == fr
+    capsys.readouterr()
+    command = ["generate", "good morning", "--run_dir", str(tmp_path / "run"), "--max_length", "6"]
+    assert main([*command, "--to", "fra_Latn", "--from", "en"]) == 0
+    assert capsys.readouterr().out == best.text + "\n"
+    for flags, message in (
+        (["--to", "fr"], "name it, by from_='en' in a session, --from en in a command. It has tokens of 2: en, fr"),
+        (["--to", "fr", "--from", "engl"], "no language has the code 'engl'; did you mean 'en' (English)?"),
+        (
+            ["--to", "sw", "--from", "en"],
+            "no token <2sw> (Swahili) among its 2 language tokens; known: en (English), fr",
+        ),
+    ):
+        assert main([*command, *flags]) == 2
+        assert message in capsys.readouterr().err
+    line, output = tmp_path / "lines.txt", tmp_path / "out.jsonl"
+    line.write_text("good morning\n")
+    flags = ["--input", str(line), "--output", str(output), "--max_length", "6", "--to", "fr", "--from", "en"]
+    assert main(["infer", "--run_dir", str(tmp_path / "run"), *flags]) == 0
+    assert json.loads(output.read_text())["output"] == best.text
+
+
+def test_a_converted_encoder_reads_and_writes_nothing(tmp_path, capsys):
+    folder = with_tokenizer(tmp_path / "xlm_r", "xlm_r", [])
+    command = ["convert", "from-hf", str(folder), str(tmp_path / "run")]
+    assert main(command) == 1
+    assert (
+        "the encoder has 14 learned positions and cannot take 512 tokens; choose --inputs_length"
+        in capsys.readouterr().err
+    )
+    assert main([*command, "--inputs_length", "14"]) == 0
+    session = mlm.load(tmp_path / "run")
+    begin = session.vocabulary.special("<s>")
+    assert session.encode("no")[0].tokens == [begin, *session.vocabulary.encode("no"), 1]
+    for call in (lambda: session.generate("no"), lambda: session.score([("no", "no")])):
+        with pytest.raises(ValueError, match="run holds an encoder alone"):
+            call()
 
 
 @pytest.mark.parametrize(

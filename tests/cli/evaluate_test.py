@@ -66,7 +66,7 @@ def test_bits_per_byte_are_those_of_the_scores(session):
     pairs = [("a", "дякую"), ("b", "так")]
     sources = [[*session.vocabulary.encode(s), 1] for s, _ in pairs]
     targets = [[*session.vocabulary.encode(t), 1] for _, t in pairs]
-    scores = session._scorer(session.params, sources, targets)
+    scores = session._scorer()(session.params, sources, targets)
     text = sum(scores.tokens[i, : len(t) - 1].sum() for i, t in enumerate(targets))
     size = sum(len(t.encode()) for _, t in pairs)
     assert result["languages"]["uk"]["bytes"] == result["bytes"] == size

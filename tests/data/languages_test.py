@@ -100,7 +100,14 @@ def test_a_source_may_use_a_code_in_its_own_sense():
 
 
 @pytest.mark.parametrize(
-    ("code", "hint"), [("frr", "'fr'"), ("German", r"'de' \(German\)"), ("zh_Hanz", "'zh-hans'"), ("", "known:")]
+    ("code", "hint"),
+    [
+        ("frr", "'fr'"),
+        ("German", r"'de' \(German\)"),
+        ("zh_Hanz", r"'zh' \(Chinese"),
+        ("xx", "'xh'"),
+        ("", "like 'fr'"),
+    ],
 )
 def test_an_unknown_code_gets_the_nearest(code, hint):
     with pytest.raises(KeyError, match=hint):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from mlm.data.published import give_vocabulary, take_vocabulary
-from mlm.data.vocabulary import load_vocabulary
+from mlm.data.published import give_vocabulary, take_template, take_vocabulary
+from mlm.data.templates import EOS, FROM, PLACES, TEXT, TO, TOKENIZERS, Template
+from mlm.data.vocabulary import ByteVocabulary, load_vocabulary
 from mlm.data.vocabulary_training import train_vocabulary
 from tests.data.vocabulary_test import LINES, TEXTS
 
@@ -80,6 +81,18 @@ def test_fairseq_is_shifted_and_its_languages_are_ours(folder, dictionary):
         assert list(vocabulary.encode(text)) == [place[i] for i in pieces.encode(text)]
 
 
+def test_a_dictionary_without_languages_has_those_of_its_release(folder):
+    train(folder / "sentencepiece.bpe.model", unk_id=0, bos_id=1, eos_id=2, model_type="bpe")
+    pieces = raw(folder / "sentencepiece.bpe.model")
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(pieces.id_to_piece(i) for i in range(3, pieces.get_piece_size()))]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    known = take_vocabulary(folder, folder.parent / "run", {}, FAIRSEQ).language_tokens
+    assert (known["af"], known["zu"]) == (len(words), len(words) + 99)
+    (folder / "tokenizer_config.json").write_text('{"language_codes": "wmt21"}')
+    known = take_vocabulary(folder, folder.parent / "run", {}, FAIRSEQ).language_tokens
+    assert sorted(known, key=known.__getitem__) == ["en", "ha", "is", "ja", "cs", "ru", "zh", "de"]
+
+
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_a_vocabulary_of_ours_goes_out_and_comes_back(folder, kind):
     """As tokenizer.json, with its specials, its scores or merges, and its bytes for what it does not know."""
@@ -101,6 +114,48 @@ def test_a_vocabulary_of_ours_goes_out_and_comes_back(folder, kind):
 def test_bytes_come_from_the_name_of_the_class(folder):
     vocabulary = take_vocabulary(folder, folder.parent / "run", {"tokenizer_class": "ByT5Tokenizer"})
     assert vocabulary.digest == load_vocabulary("bytes").digest
+
+
+def single(*names: str) -> dict:
+    """tokenizer.json with a post-processor that writes these names, and the text at None."""
+    parts = [{"SpecialToken": {"id": name}} if name else {"Sequence": {"id": "A"}} for name in names]
+    return {"post_processor": {"type": "Sequence", "processors": [{"type": "TemplateProcessing", "single": parts}]}}
+
+
+BEGUN = Template(("<s>", TEXT, EOS))
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "whole", "want"),
+    [
+        # The class decides: its files hold the language of some example, at the place of some release.
+        ({}, {"tokenizer_class": "NllbTokenizerFast"}, single(None, "</s>", "eng_Latn"), PLACES["both"]),
+        ({"tokenizer_class": "MBart50Tokenizer", "model_type": "mbart"}, {}, {}, PLACES["both"]),
+        ({}, {"tokenizer_class": "NllbTokenizer", "legacy_behaviour": True}, {}, Template((TEXT, EOS, FROM), (TO,))),
+        # Then the files.
+        ({"model_type": "t5gemma"}, {}, single("<s>", None, "<eos>"), BEGUN),
+        ({}, {"add_bos_token": True, "bos_token": {"content": "<s>"}}, {}, Template(("<s>", TEXT))),
+        ({}, {"add_bos_token": True, "add_eos_token": True}, single("<s>", None), BEGUN),
+        ({}, {"tokenizer_class": "TokenizersBackend"}, single("sw_KE", None, "</s>"), PLACES["both"]),
+        ({}, {}, single(None, "</s>", "__sw__"), TOKENIZERS["MBartTokenizer"]),
+        # Then the family.
+        ({"model_type": "mbart"}, {}, {}, TOKENIZERS["MBartTokenizer"]),
+        ({"model_type": "xlm-roberta-xl"}, {}, {}, BEGUN),
+        # An end alone is what every run does.
+        ({"model_type": "t5"}, {}, single(None, "</s>"), None),
+        ({}, {}, {}, None),
+    ],
+)
+def test_a_source_is_written_as_the_tokenizer_writes_it(folder, config, settings, whole, want):
+    vocabulary = ByteVocabulary(sentinels=0, extra_tokens=["<s>"])
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    assert take_template(folder, config, vocabulary) == want
+
+
+def test_a_source_of_tokens_that_the_vocabulary_lacks_is_refused(folder):
+    with pytest.raises(KeyError, match="no special token '<bos>'"):
+        take_template(folder, {"model_type": "t5gemma"}, ByteVocabulary())
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlm.checkpoints.streaming import StoredParams
-from mlm.interop.family import Keys, mathematics
+from mlm.interop.family import Keys
 from mlm.interop.files import TensorFolder
 from mlm.interop.huggingface import FAMILIES, describe, export_params, import_params, open_published
 from mlm.interop.rules import Axes, ConversionError, Piece, plan
+from mlm.models.comparison import mathematics
 from mlm.models.presets import preset
 from mlm.models.specs import ResidualSpec
 from tests.interop import recipe
@@ -116,6 +117,87 @@ def test_copies_of_the_table_are_read_over(folder):
     assert want.head.kind == "tied"
 
 
+XLM_R = recipe.load(recipe.GOLDENS / "xlm_r.npz")
+TABLE = "roberta.embeddings.word_embeddings.weight"
+
+
+def test_old_files_of_encoders_hold_more(tmp_path):
+    """The output's matrix and bias again, numbers of positions, and the pooler of another head."""
+    folder = recipe.write_folder(tmp_path / "hf", XLM_R.config, XLM_R.shapes)
+    want = open_published(folder).config
+
+    def as_it_was(tensors):
+        tensors["lm_head.decoder.weight"] = tensors[TABLE].copy()
+        tensors["lm_head.decoder.bias"] = tensors["lm_head.bias"].copy()
+        tensors["roberta.embeddings.position_ids"] = np.arange(16)[None]
+        tensors["roberta.pooler.dense.weight"] = np.ones((24, 24), np.float32)
+        tensors["roberta.pooler.dense.bias"] = np.ones(24, np.float32)
+
+    edit_tensors(folder, as_it_was)
+    assert open_published(folder).config == want
+    edit_tensors(folder, lambda t: t.update({"lm_head.decoder.bias": t["lm_head.bias"] + 1}))
+    with pytest.raises(ConversionError, match=r"lm_head.decoder.bias differs from lm_head.bias"):
+        open_published(folder)
+
+
+def test_a_tensor_may_be_there_under_the_name_of_its_copy(tmp_path):
+    folder = recipe.write_folder(tmp_path / "hf", XLM_R.config, XLM_R.shapes)
+    import_params(open_published(folder), tmp_path / "want")
+    edit_tensors(folder, lambda t: t.update({"lm_head.decoder.weight": t.pop(TABLE)}))
+    import_params(open_published(folder), tmp_path / "got")
+    want, got = (
+        StoredParams(tmp_path / name).read("embedding", (slice(0, 40), slice(0, 24))) for name in ("want", "got")
+    )
+    np.testing.assert_array_equal(got, want)
+    edit_tensors(folder, lambda t: t.pop("lm_head.decoder.weight"))
+    with pytest.raises(ConversionError, match=f"{TABLE} is missing"):
+        open_published(folder)
+
+
+def test_copies_need_no_original(folder):
+    """Both input tables and the tied head, and not what they repeat."""
+    old = recipe.load(recipe.GOLDENS / "t5.npz")
+    recipe.write_folder(folder, old.config, old.shapes)
+    want = open_published(folder).config
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+
+    def repeat(tensors):
+        table = tensors.pop("shared.weight")
+        tensors.update({name: table.copy() for name in names})
+
+    edit_tensors(folder, repeat)
+    assert open_published(folder).config == want
+    edit_tensors(folder, lambda t: t.update({names[1]: t[names[0]] + 1}))
+    with pytest.raises(ConversionError, match=r"decoder.embed_tokens.weight differs from shared.weight"):
+        open_published(folder)
+
+
+def test_a_head_of_its_own_is_no_input_table(folder):
+    """The matrix of an untied head must not pass for the table that is missing."""
+    edit_tensors(folder, lambda t: t.pop("shared.weight"))
+    with pytest.raises(ConversionError, match=r"shared.weight is missing"):
+        open_published(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_decoder": True}, "is_decoder=True, but only False"),
+        ({"position_embedding_type": "relative_key"}, "'relative_key', but only 'absolute'"),
+        ({"type_vocab_size": 2}, "type_vocab_size=2, but only 1"),
+        ({"pad_token_id": 0}, "pad_token_id=0, but only 1"),
+        ({"max_position_embeddings": 17}, r"position_embeddings.weight is \(16, 24\), the config says \(17, 24\)"),
+        ({"model_type": "xlm-roberta-xl"}, "roberta.encoder.LayerNorm.weight is missing"),
+        ({"model_type": "roberta"}, "did you mean 'xlm-roberta'"),
+    ],
+)
+def test_another_encoder_is_refused(tmp_path, changes, message):
+    folder = recipe.write_folder(tmp_path / "hf", XLM_R.config, XLM_R.shapes)
+    edit_config(folder, **changes)
+    with pytest.raises(ConversionError, match=message):
+        open_published(folder)
+
+
 def test_sixteen_bits_come_in_whole_and_go_out_the_same(folder, tmp_path):
     halves = {n: x.astype(ml_dtypes.bfloat16) for n, x in load_file(folder / "model.safetensors").items()}
     save_file(halves, folder / "model.safetensors")
@@ -139,6 +221,7 @@ def test_sixteen_bits_come_in_whole_and_go_out_the_same(folder, tmp_path):
 SAID = {
     **{"t5_small": "t5", "t5_1_1_xxl": "t5", "mt5_small": "t5", "byt5_base": "t5", "umt5_small": "umt5"},
     **{"m2m_100_418m": "m2m_100", "nllb_3_3b": "m2m_100", "mbart_50": "mbart"},
+    **{"xlm_r_large": "xlm-roberta", "xlm_r_xxl": "xlm-roberta-xl"},
     **{"switch_base_8": "switch_transformers", "nllb_moe_54b": "nllb-moe"},
     **{
         "t5gemma_2b_2b": "t5gemma",
@@ -160,6 +243,9 @@ def test_published_sizes_are_the_presets(name):
     assert mathematics(family.read(keys, names)) == mathematics(config)
     keys.finish(family.harmless)
     plan(config, family.rules(config))
+    first = "bos_token_id" if family.name == "gemma3_text" else "decoder_start_token_id"
+    published = {"t5": 0, "umt5": 0, "switch_transformers": 0, "xlm-roberta": None, "xlm-roberta-xl": None}
+    assert content.get(first) == published.get(family.name, 2)  # </s> of fairseq, <bos> of Gemma
 
 
 def test_a_model_of_no_family_says_what_no_family_says():
@@ -218,7 +304,14 @@ def test_a_folder_without_tensors_of_a_shard_names_it_twice(tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "special"),
-    [("t5", (0, 1, 2)), ("mbart", (1, 2, 3)), ("nllb-moe", (1, 2, 3)), ("t5gemma", (0, 1, 3)), ("t5gemma2", (0, 1, 3))],
+    [
+        ("t5", (0, 1, 2)),
+        ("mbart", (1, 2, 3)),
+        ("nllb-moe", (1, 2, 3)),
+        ("xlm-roberta", (1, 2, 3)),
+        ("t5gemma", (0, 1, 3)),
+        ("t5gemma2", (0, 1, 3)),
+    ],
 )
 def test_padding_end_and_unknown_become_0_1_2(family, special):
     """special: their ids in the published vocabularies; nothing else collides with them."""

@@ -22,6 +22,8 @@ FAIRSEQ |= {"encoder_attention_heads": 3, "decoder_attention_heads": 2, "max_pos
 FAIRSEQ |= {"encoder_ffn_dim": 20, "decoder_ffn_dim": 28, "decoder_start_token_id": 2}
 GEMMA = {"vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 4, "head_dim": 6}
 GEMMA |= {"num_key_value_heads": 2, "query_pre_attn_scalar": 9, "sliding_window": 4}
+XLM_R = {"vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 3}
+XLM_R |= {"num_hidden_layers": 3, "max_position_embeddings": 16, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 VISION = {"model_type": "siglip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
 VISION |= {"num_attention_heads": 1, "image_size": 28, "patch_size": 14}
 IMAGES = {"vision_config": VISION, "mm_tokens_per_image": 4, "eoi_token_index": 97, "boi_token_index": 98}
@@ -104,7 +106,10 @@ MODELS: dict[str, Callable[[], Any]] = {
         transformers.Gemma3TextConfig(**GEMMA, num_hidden_layers=7, rope_parameters=STRETCHED)
     ),
     "t5gemma2": _t5gemma2,
+    "xlm_r": lambda: transformers.XLMRobertaForMaskedLM(transformers.XLMRobertaConfig(**XLM_R)),
+    "xlm_r_xl": lambda: transformers.XLMRobertaXLForMaskedLM(transformers.XLMRobertaXLConfig(**XLM_R)),
 }
+MASKED = ("xlm_r", "xlm_r_xl")  # encoders alone
 OWN_HEADS = ("t5_1_1", "umt5")  # transformers 5 ties every head of these until it is told
 
 
@@ -134,19 +139,26 @@ def build(name: str) -> tuple[Any, dict[str, Any], dict[str, tuple[int, ...]]]:
 
 def _saved(name: str) -> str:
     """How `save_pretrained` calls a tensor."""
-    return name.replace("encoder.text_model.", "encoder.")
+    tied = {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight"}
+    return tied.get(name, name).replace("encoder.text_model.", "encoder.")
 
 
 def compute(name: str) -> Golden:
     model, config, shapes = build(name)
-    rows = {key: torch.tensor(value) for key, value in recipe.rows().items()}
+    drawn = recipe.masked_rows() if name in MASKED else recipe.rows()
+    rows = {key: torch.tensor(value) for key, value in drawn.items()}
     start = config.get("decoder_start_token_id", config.get("bos_token_id", 2))
     told = torch.arange(rows["target"].shape[1]) < rows["target_lengths"][:, None]
     read = torch.arange(rows["source"].shape[1]) < rows["lengths"][:, None]
     labels = torch.where(told, rows["target"], -100)
     given = torch.cat([torch.full((2, 1), start), rows["target"][:, :-1]], 1)
     with torch.no_grad():
-        if name == "gemma3_text":
+        if name in MASKED:
+            labels = torch.where(rows["source"] == rows["target"], -100, rows["target"])
+            out = model(rows["source"], attention_mask=read.long(), labels=labels)
+            encoded, logits, loss = model.roberta(rows["source"], read.long()).last_hidden_state, out.logits, out.loss
+            generated = torch.zeros((2, 0), dtype=torch.long)
+        elif name == "gemma3_text":
             out = model(input_ids=given, attention_mask=told.long())
             logits, encoded = out.logits, torch.zeros(2, 0)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

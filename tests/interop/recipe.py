@@ -16,10 +16,13 @@ from safetensors.numpy import save_file
 GOLDENS = Path(__file__).parent / "goldens"
 VOCABULARY, SOURCE, TARGET, NEW_TOKENS = 40, 9, 7, 12
 FIRST_TEXT = 4  # ids below are special in every family
+MASK, MASKED = VOCABULARY - 1, 3  # of an encoder alone: every third token of a source is this one
 
 
 class Golden(NamedTuple):
-    """source, target: ids of the published model, padded. generated: what greedy search adds after the first input."""
+    """source, target: ids of the published model, padded; of an encoder alone, the source with masked places, and
+    without. generated: what greedy search adds after the first input.
+    """
 
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
@@ -50,7 +53,7 @@ def _tensor(name: str, shape: tuple[int, ...], shapes: Mapping[str, Any]) -> np.
     if "relative_attention_bias" in name:
         return drawn.astype(np.float32)
     # Small tables: with a tied head a large one would have every token follow itself.
-    size = 0.5 if "shared" in name or "embed_tokens" in name else 2.5
+    size = 0.5 if any(part in name for part in ("shared", "embed_tokens", "word_embeddings")) else 2.5
     return (size * drawn / np.sqrt(shape[-1])).astype(np.float32)
 
 
@@ -71,6 +74,14 @@ def rows() -> dict[str, np.ndarray]:
         ids = draw.integers(FIRST_TEXT, VOCABULARY, (2, width))
         found[name] = np.where(np.arange(width) < own[:, None], ids, 0)
     return found
+
+
+def masked_rows() -> dict[str, np.ndarray]:
+    """The sources of `rows` as targets, and with masked places as sources."""
+    given = rows()
+    hidden = (np.arange(SOURCE) % MASKED == 1) & (np.arange(SOURCE) < given["lengths"][:, None])
+    masked = {"source": np.where(hidden, MASK, given["source"]), "target": given["source"]}
+    return {**masked, "lengths": given["lengths"], "target_lengths": given["lengths"]}
 
 
 def save(path: Path, golden: Golden) -> None:

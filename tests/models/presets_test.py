@@ -17,9 +17,11 @@ from mlm.models.presets import PRESETS, preset
 from mlm.models.specs import AttentionSpec, LayerSpec
 from mlm.models.transformer import Transformer
 from mlm.objectives import token_cross_entropy
-from mlm.parallel import MeshConfig, MeshPlacement, batch_sharding, make_mesh, shardings
-from tests.training.step_test import assert_same, one_step
-from tests.training.toy import examples, rows_of
+from mlm.parallel import MeshConfig, MeshPlacement, batch_sharding, global_batch, make_mesh, shardings
+from mlm.training.trainer import TrainConfig, Trainer
+from mlm.trees import named_leaves
+from tests.training.step_test import sgd
+from tests.training.toy import LANGUAGES, examples, rows_of
 
 V, D, F, K, HEADS = 64, 16, 16, 4, 4
 WIDER = 32  # an encoder of another width
@@ -100,38 +102,46 @@ def member(request):
 
 @pytest.mark.slow
 def test_a_step_is_that_of_one_device_however_it_runs(member):
-    """One update on 8 devices in three layouts, each with another way to run and to rematerialise the layers."""
+    """One update on 8 devices in three layouts, each with another way to run and to rematerialise the layers.
+
+    Updates differ by rounding alone: by a share of their own size, which is up to 1.6 in the tables of Gemma's members.
+    """
     batch = rows_of([[e] for e in examples(8)], S, T)
-    step = one_step if member.decoder else reader_step
-    want, want_metrics = step(batch, member)
+    first = jax.device_get(jax.jit(Transformer(member).init)(jax.random.key(0)))
+    step = writer_step if member.decoder else reader_step
+    want, want_loss = step(batch, member, first, make_mesh(MeshConfig(), jax.devices()[:1]))
     for layout, (sizes, change) in LAYOUTS.items():
-        got, metrics = step(batch, with_stacks(member, **change), make_mesh(sizes))
-        np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-5, err_msg=layout)
-        assert_same(got.params, want.params, rtol=1e-4, atol=2e-5)
+        got, loss = step(batch, with_stacks(member, **change), first, make_mesh(sizes))
+        np.testing.assert_allclose(loss, want_loss, rtol=1e-5, err_msg=layout)
+        for (name, a), b, start in zip(named_leaves(got), jax.tree.leaves(want), jax.tree.leaves(first), strict=True):
+            error, size = np.linalg.norm(a - b), np.linalg.norm(b - start)
+            assert error <= 3e-4 * size + 1e-6 * a.size**0.5, f"{layout}: {name} is off by {error} of {size}"
 
 
-def reader_step(batch, config, mesh=None):
-    """An update of an encoder alone: every token predicts itself."""
-    from mlm.training.state import TrainState
+def writer_step(batch, config, params, mesh):
+    """(parameters after one update, loss before it)."""
+    trainer = Trainer(config, TrainConfig(steps=10), sgd, mesh, LANGUAGES)
+    state = trainer.init(jax.device_put(params, trainer.shardings.params))
+    state, metrics = jax.device_get(trainer.step(state, global_batch(batch, mesh)))
+    return state.params, metrics["loss"]
 
-    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+
+def reader_step(batch, config, params, mesh):
+    """The same of an encoder alone: every token predicts itself."""
     model = Transformer(config, MeshPlacement(mesh))
     places = shardings(model.shapes(), model.axes(), mesh)
-    params = jax.jit(model.init, out_shardings=places)(jax.random.key(0))
 
     def loss(params, batch):
         logits = model.logits(params, model(params, batch).hidden)
         weights = (batch["encoder_segment_ids"] > 0).astype(jnp.float32)
         return token_cross_entropy(logits, batch["encoder_input_tokens"], weights)[0] / weights.sum()
 
-    @partial(jax.jit, out_shardings=(None, places))
+    @partial(jax.jit, out_shardings=(places, None))
     def step(params, batch):
         value, gradients = jax.value_and_grad(loss)(params, batch)
-        return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), value
 
-    value, params = step(params, jax.device_put(batch, batch_sharding(mesh)))
-    zero = np.zeros(())
-    return jax.device_get(TrainState(zero, zero, params, (), None)), {"loss": jax.device_get(value)}
+    return jax.device_get(step(jax.device_put(params, places), jax.device_put(batch, batch_sharding(mesh))))
 
 
 @pytest.mark.slow
