@@ -18,6 +18,8 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "top_p": (float, "sample: from the most probable tokens that hold this mass (default 1, off)"),
     "min_p": (float, "sample: from tokens at least this share of the best (default 0, off)"),
     "seed": (int, "sample: seed (default 0)"),
+    "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes: input_copy, draft_model"),
+    "guesses": (int, "tokens guessed a pass (default 8)"),
     "max_length": (int, "tokens at most (default: the targets_length of the run)"),
     "min_length": (int, "no end before this token (default 0)"),
 }
@@ -43,6 +45,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--quantise",
         choices=("int8", "int4"),
         help="keep the matrices of the layers as integers, in a quarter or an eighth of their memory",
+    )
+    parser.add_argument(
+        "--draft", metavar="DIR", help="run of a smaller model of the same vocabulary, which guesses ahead"
     )
     parser.add_argument("--mesh", default="", metavar="data=4,tensor=2", help="how to split over the devices")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="examples per device call (default 32)")
@@ -85,6 +90,8 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     from mlm.decoding.config import DecodeConfig
 
     given = {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
+    if flags.draft:
+        given.setdefault("proposer", "draft_model")
     try:
         DecodeConfig(method=flags.method, **given)
     except (KeyError, ValueError) as error:
@@ -110,6 +117,7 @@ def open_session(flags: argparse.Namespace):
             mesh=_mesh(flags.mesh),
             batch_size=flags.batch_size,
             quantise=flags.quantise,
+            draft=flags.draft,
             best_metric=flags.best_metric,
             best_mode=flags.best_mode,
         )

@@ -34,7 +34,7 @@ def evaluate_each(
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
     for group in _groups(read_examples(tasks, session.vocabulary, lengths, split, num_examples)):
         tables = _tables(session, group, lengths)
-        predictions = Predictions(generator, session.params)
+        predictions = Predictions(generator, session.params, session.draft_params(generator))
         asked = [example for name, examples in group.items() if predicts(name) for example in examples]
         begins = partial(forced_beginning, vocabulary=session.vocabulary)
         predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], [e.language for e in asked])
@@ -61,8 +61,8 @@ class Predictions:
     decoded together before SeqIO asks for them one task at a time.
     """
 
-    def __init__(self, generator: Generator, params: Params):
-        self._generator, self._params = generator, params
+    def __init__(self, generator: Generator, params: Params, draft: Params | None = None):
+        self._generator, self._params, self._draft = generator, params, draft
         self._known: dict[tuple[int, tuple[bytes, bytes]], np.ndarray] = {}
 
     def learn(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> None:
@@ -77,6 +77,7 @@ class Predictions:
             prompts=[prompt for _, prompt in new.values()],
             ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in new],
             languages=[language for language, _ in new],
+            draft=self._draft,
         )
         self._known.update(zip(new, found.tokens[:, 0], strict=True))
 

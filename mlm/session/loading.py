@@ -32,6 +32,7 @@ def load(
     devices: Sequence[jax.Device] | None = None,
     batch_size: int = 32,
     quantise: str | None = None,
+    draft: str | os.PathLike | None = None,
     best_metric: str | None = None,
     best_mode: str = "min",
 ) -> "Session":
@@ -40,7 +41,8 @@ def load(
     step: a checkpoint's number, "latest" (as None), or "best" by `best_metric` (default: the held-out loss).
     parameters: "ema", the running mean, "params", or "auto": the mean where the run kept one. mesh: how to split over
     the devices (default: rows over all); devices: some of them only. batch_size: examples per device call. quantise:
-    "int8" or "int4", how the matrices of the layers are kept (`mlm.models.quantisation`).
+    "int8" or "int4", how the matrices of the layers are kept (`mlm.models.quantisation`). draft: run directory of a
+    smaller model of the same vocabulary, whose latest checkpoint guesses ahead (proposer="draft_model").
     Raises CheckpointError for a directory without a run or checkpoint, ValueError naming both hashes when the
     vocabulary is not the one that the model was trained with.
     """
@@ -71,6 +73,10 @@ def load(
     number = _step(checkpoints, step, metric)
     subtree = _subtree(checkpoints, number, parameters)
     restored = checkpoints.restore_params(number, wanted, subtree)
+    drafting = None
+    if draft is not None:
+        drafting = load(draft, mesh=mesh, devices=devices, batch_size=batch_size)
+        check_same_vocabulary(vocabulary.digest, drafting.vocabulary, str(run.path), f"the draft model {draft}")
     return Session(
         run=run,
         step=restored.step,
@@ -82,6 +88,7 @@ def load(
         model=model,
         params=restored.state if quantise is None else quantised_in_place(restored.state, quantise),
         quantise=quantise,
+        draft=drafting,
         rows=batch_sharding(grid),
         batch_size=batch_size,
     )

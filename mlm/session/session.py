@@ -67,12 +67,13 @@ class Session:
         rows: jax.sharding.NamedSharding,
         batch_size: int,
         quantise: str | None = None,
+        draft: "Session | None" = None,
     ):
         self.run, self.step, self.parameters, self.config = run, step, parameters, config
         self.data, self.extra, self.vocabulary = data, extra, vocabulary
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
-        self.quantise = quantise
+        self.quantise, self.draft = quantise, draft
         self.template = Template.from_json(data["template"]) if "template" in data else PLACES["source"]
         self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
         self._scorers: dict[int | None, Scorer] = {}
@@ -145,7 +146,9 @@ class Session:
         skips = [len(frame.prompt) + (len(source) if alone else 0) for source in sources]
         languages = languages or self._languages(to, len(sources))
         generator = self.generator(method, options, frame.start)
-        decoded = generator(self.params, sources, prompts=prompts, ids=ids, languages=languages)
+        decoded = generator(
+            self.params, sources, prompts=prompts, ids=ids, languages=languages, draft=self.draft_params(generator)
+        )
         return [
             [
                 Hypothesis(self._text(tokens[skip:length]), float(score), tokens[:length].tolist())
@@ -318,9 +321,28 @@ class Session:
             wrong = next(name for name in options if name not in known)
             raise ValueError(f"no decoding option {wrong!r}; {nearest(wrong, known)}") from None
         if (config, start) not in self._generators:
-            made = Generator(self._starting_with(start), config, rows=self.rows, batch_size=self._batch_size)
-            self._generators[config, start] = made
+            self._generators[config, start] = Generator(
+                self._starting_with(start),
+                config,
+                rows=self.rows,
+                batch_size=self._batch_size,
+                draft=self._drafting(config, start),
+            )
         return self._generators[config, start]
+
+    def draft_params(self, generator: Generator) -> Params | None:
+        """What the generator takes as `draft`."""
+        return self.draft.params if self.draft and generator.draft else None
+
+    def _drafting(self, config: DecodeConfig, start: int | None) -> Transformer | None:
+        if config.proposer != "draft_model":
+            return None
+        if self.draft is None:
+            raise ValueError(
+                "proposer='draft_model' asks a smaller model: name its run, by draft= where this one is loaded, or by "
+                "--draft in a command"
+            )
+        return self.draft._starting_with(start)
 
     def _scorer(self, start: int | None = None) -> Scorer:
         if self.config.encoder is None:
