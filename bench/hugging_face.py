@@ -11,11 +11,11 @@ Batch = dict[str, np.ndarray]  # mlm.types.ROW_FEATURES, one example a row
 
 # Ours -> Hugging Face, inside one layer: sublayer, its matrices, and the two names of its attention or feed-forward.
 ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
-FEED_FORWARD = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
+GATED, PLAIN = {"gate": "wi_0", "up": "wi_1", "down": "wo"}, {"up": "wi", "down": "wo"}
 SUBLAYERS = {
     "self_attention": ("SelfAttention", ATTENTION),
     "cross_attention": ("EncDecAttention", ATTENTION),
-    "ffn": ("DenseReluDense", FEED_FORWARD),
+    "ffn": ("DenseReluDense", GATED),
 }
 
 
@@ -28,8 +28,9 @@ def t5(config: ModelConfig, params: dict[str, Any], attention: str, threads: int
     theirs = t5_config(config)
     theirs._attn_implementation = attention
     model = T5ForConditionalGeneration(theirs)
-    # Release 5 ties the head to the input table, whatever the configuration says; T5 1.1 has two matrices.
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    if config.head.kind == "linear":
+        # Release 5 ties the head to the input table, whatever the configuration says; T5 1.1 has two matrices.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     named = dict(weights(config, params))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,8 +57,8 @@ def t5_config(config: ModelConfig) -> Any:
         relative_attention_num_buckets=own.position.buckets,
         relative_attention_max_distance=own.position.max_distance,
         dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
+        feed_forward_proj="gated-gelu" if ffn.gated else "relu",
+        tie_word_embeddings=config.head.kind == "tied",
         decoder_start_token_id=0,
         use_cache=False,
     )
@@ -65,9 +66,9 @@ def t5_config(config: ModelConfig) -> Any:
 
 def weights(config: ModelConfig, params: dict[str, Any]):
     """(their name, matrix as they store it: outputs x inputs) of every parameter."""
-    host = {"embedding": np.array(params["embedding"]), "head": np.array(params["head"])}
-    yield "shared.weight", host["embedding"]
-    yield "lm_head.weight", np.ascontiguousarray(host["head"].T)
+    yield "shared.weight", np.array(params["embedding"])
+    if "head" in params:
+        yield "lm_head.weight", np.ascontiguousarray(np.array(params["head"]).T)
     for stack, spec in (("encoder", config.encoder), ("decoder", config.decoder)):
         tree = params[stack]
         yield f"{stack}.final_layer_norm.weight", np.array(tree["final_norm"]["scale"])
@@ -79,6 +80,8 @@ def weights(config: ModelConfig, params: dict[str, Any]):
                 place, (module, matrices) = f"{stack}.block.{i}.layer.{j}", SUBLAYERS[name]
                 body = tree["layers"]["0"][name]
                 yield f"{place}.layer_norm.weight", np.array(body["norm"]["scale"][i])
+                if name == "ffn":
+                    matrices = GATED if "gate" in body else PLAIN
                 for ours, theirs in matrices.items():
                     matrix = np.array(body[ours][i])
                     rows = matrix.shape[0] * matrix.shape[1] if ours == "out" else matrix.shape[0]
