@@ -14,6 +14,7 @@ from mlm.models.specs import (
     NormSpec,
     ResidualSpec,
     RouterSpec,
+    SublayerSpec,
     check_above_zero,
     check_choice,
     check_positive,
@@ -72,8 +73,10 @@ class StackConfig:
                 f"StackConfig: one relative-position table serves all layers that share it, so their heads and buckets "
                 f"must agree; found {sorted((heads, p.buckets, p.max_distance) for heads, p in shared)}"
             )
-        if not any(spec.reads_itself for spec in self.attentions()):
-            raise ValueError("StackConfig: no layer of the group holds self-attention, so tokens never meet")
+        if not any(spec.reads_itself for spec in self.sublayers()):
+            raise ValueError(
+                "StackConfig: no layer of the group holds self-attention or recurrence, so tokens never meet"
+            )
         self._check_routers()
 
     def _check_routers(self) -> None:
@@ -107,17 +110,20 @@ class StackConfig:
         """Every layer, first to last."""
         return self.group * self.repeats + self.group[: self.rest]
 
+    def sublayers(self) -> list[SublayerSpec]:
+        """Those of one group, whatever the kind."""
+        return [spec for layer in self.group for spec in layer.sublayers]
+
     def attentions(self) -> list[AttentionSpec]:
         """The attention sublayers of one group."""
-        return [spec for layer in self.group for spec in layer.sublayers if isinstance(spec, AttentionSpec)]
+        return [spec for spec in self.sublayers() if isinstance(spec, AttentionSpec)]
 
     def routers(self) -> list[RouterSpec]:
         """Those of the mixtures of experts of one group."""
-        ffns = [spec for layer in self.group for spec in layer.sublayers if isinstance(spec, FFNSpec)]
-        return [spec.router for spec in ffns if spec.router]
+        return [spec.router for spec in self.sublayers() if isinstance(spec, FFNSpec) and spec.router]
 
     def reads_memory(self) -> bool:
-        return any(spec.reads_memory for spec in self.attentions())
+        return any(spec.reads_memory for spec in self.sublayers())
 
     def shared_table(self) -> AttentionSpec | None:
         """The attention whose relative-position table the whole stack shares, if there is one."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlm.models.attention import Attend, attend
+from mlm.models.attention import attend
 from mlm.models.blockwise import attend_blockwise
 from mlm.models.config import StackConfig
 from mlm.models.kernels import (
@@ -14,6 +14,7 @@ from mlm.models.kernels import (
     splash_misfits,
     splash_misfits_here,
 )
+from mlm.models.view import Attend
 
 
 @dataclass(frozen=True)

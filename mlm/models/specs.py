@@ -1,6 +1,7 @@
 """The parts of a layer as frozen data that refuses nonsense when built; `config.py` puts them together."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mlm.registry import nearest
 
@@ -165,6 +166,7 @@ class AttentionSpec:
     window: int | None = None
     position: PositionSpec = NO_POSITION
     bias: bool = False
+    taps: ClassVar[tuple[str, ...]] = ("probabilities",)
 
     def __post_init__(self):
         check_choice("AttentionSpec", "source", self.source, SOURCES)
@@ -189,6 +191,10 @@ class AttentionSpec:
     @property
     def key_heads(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}_attention"
 
     @property
     def reads_itself(self) -> bool:
@@ -322,32 +328,43 @@ class FFNSpec:
     activation: str = "geglu"
     bias: bool = False
     router: RouterSpec | None = None
+    reads_itself: ClassVar[bool] = False
+    reads_memory: ClassVar[bool] = False
 
     def __post_init__(self):
         check_choice("FFNSpec", "activation", self.activation, ACTIVATIONS)
         check_positive(self, "d_ff")
 
     @property
+    def name(self) -> str:
+        return "moe" if self.router else "ffn"
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return ("probabilities",) if self.router else ("activations",)
+
+    @property
     def gated(self) -> bool:
         return self.activation in ACTIVATIONS[:3]
+
+
+# Each has a `name` for its parameters, `taps` that it hands out, and says whether it `reads_itself`, its own stack's
+# other positions, and whether it `reads_memory`, the encoder's states.
+SublayerSpec = AttentionSpec | FFNSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """Sublayers in order, each with its own norm and residual, e.g. (self, cross, ffn)."""
 
-    sublayers: tuple[AttentionSpec | FFNSpec, ...]
+    sublayers: tuple[SublayerSpec, ...]
 
     def names(self) -> tuple[str, ...]:
         """Parameter names of the sublayers: "self_attention", "cross_attention", "ffn", "moe"; a repeat gets "_2"."""
         names: list[str] = []
         for spec in self.sublayers:
-            if isinstance(spec, FFNSpec):
-                base = "moe" if spec.router else "ffn"
-            else:
-                base = f"{spec.source}_attention"
-            seen = sum(n == base or n.startswith(f"{base}_") for n in names)
-            names.append(base if not seen else f"{base}_{seen + 1}")
+            seen = sum(n == spec.name or n.startswith(f"{spec.name}_") for n in names)
+            names.append(spec.name if not seen else f"{spec.name}_{seen + 1}")
         return tuple(names)
 
 

@@ -16,7 +16,7 @@ from mlm.models.language import Bridge, Offsets, languages_of_sources
 from mlm.models.layers import Norm, Pass, cap, parameter, product, unit_rows, zeros
 from mlm.models.paths import path_of
 from mlm.models.routing import Routed
-from mlm.models.specs import EmbeddingSpec, FFNSpec, NormSpec
+from mlm.models.specs import EmbeddingSpec, NormSpec
 from mlm.models.stack import Stack
 from mlm.registry import nearest
 from mlm.types import (
@@ -233,15 +233,16 @@ class Transformer:
 
     def tap_names(self) -> tuple[str, ...]:
         """What `taps` can ask for: "encoder/hidden" (states after every layer), "decoder/ffn/activations",
-        "encoder/moe/probabilities" and the like.
+        "encoder/moe/probabilities", and the weights of attention, "decoder/cross_attention/probabilities" and the like:
+        [layers, B, H, T, M] in float32, keys of joint attention the stack's own first. Attention that is asked for them
+        takes the plain path, whatever the stack's.
         """
         names = []
         for stack, config in self.config.stacks().items():
             names.append(f"{stack}/hidden")
             for layer in config.group:
                 for name, spec in zip(layer.names(), layer.sublayers, strict=True):
-                    if isinstance(spec, FFNSpec):
-                        names.append(f"{stack}/{name}/{'probabilities' if spec.router else 'activations'}")
+                    names.extend(f"{stack}/{name}/{tap}" for tap in spec.taps)
         return tuple(dict.fromkeys(names))
 
     def _check_taps(self, taps: Collection[str]) -> None:
@@ -321,7 +322,9 @@ class Transformer:
             raise ValueError(f"rows={rows} must be a multiple of the {encoded.shape[0]} sources: rows = batch x beams")
         to = self._checked(languages)
         memory = encoded if encoded is None else self._bridged(params, encoded, to)
-        cross, own = self._stacks["decoder"].init_cache(params["decoder"], memory, rows, length, self._dtype)
+        cross, own = self._stacks["decoder"].init_cache(
+            params["decoder"], memory, source_mask, rows, length, self._dtype
+        )
         cache = {"length": jnp.zeros(rows, jnp.int32), "self": own, "cross": cross, "source_mask": source_mask}
         return cache if to is None else {**cache, "languages": jnp.repeat(to[:, 0], rows // to.shape[0])}
 
