@@ -7,7 +7,7 @@ from typing import Any
 
 from mlm.interop.rules import ConversionError, Rule
 from mlm.models.config import ModelConfig, StackConfig
-from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec, RouterSpec
+from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec, RouterSpec, SublayerSpec
 from mlm.registry import nearest
 
 # Keys of any config.json that say nothing about the mathematics of a trained model, or whose values here are fixed by
@@ -127,8 +127,11 @@ def both(config: ModelConfig) -> tuple[StackConfig, StackConfig]:
 
 
 def attention(layer: LayerSpec) -> AttentionSpec:
-    """The first attention of a layer."""
-    return next(spec for spec in layer.sublayers if isinstance(spec, AttentionSpec))
+    """The first attention of a layer. Raises ConversionError when it has none."""
+    found = [spec for spec in layer.sublayers if isinstance(spec, AttentionSpec)]
+    if not found:
+        raise ConversionError("every layer of it has attention")
+    return found[0]
 
 
 def feed_forward(layer: LayerSpec) -> FFNSpec:
@@ -156,7 +159,7 @@ def mathematics(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, dtype="float32", encoder_width=width, **stacks)
 
 
-def _plain_routes(spec: AttentionSpec | FFNSpec) -> AttentionSpec | FFNSpec:
+def _plain_routes(spec: SublayerSpec) -> SublayerSpec:
     """A mixture without what is done to train it, and as if every token found room: gates are then of the chosen."""
     if not isinstance(spec, FFNSpec) or spec.router is None or spec.router.kind != "top_k":
         return spec

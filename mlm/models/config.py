@@ -225,11 +225,19 @@ class ModelConfig:
                 "reads in both directions and a decoder writes left to right; set False and True"
             )
         if encoder and encoder.reads_memory():
-            raise ValueError("encoder layers cannot hold cross-attention: there is no other stack for them to read")
+            raise ValueError(
+                "encoder layers cannot hold cross-attention, or recurrence with attends=True: there is no other stack "
+                "for them to read"
+            )
         if decoder and encoder and not decoder.reads_memory():
-            raise ValueError("no decoder layer holds cross-attention, so the decoder would never see the source")
+            raise ValueError(
+                "no decoder layer holds cross-attention or recurrence with attends=True, so the decoder would never "
+                "see the source"
+            )
         if decoder and not encoder and decoder.reads_memory():
-            raise ValueError("a decoder layer holds cross-attention, but there is no encoder to read")
+            raise ValueError(
+                "a decoder layer holds cross-attention or recurrence with attends=True, but there is no encoder to read"
+            )
         if self.encoder_width not in (None, self.d_model):
             if self.share_embedding or not encoder or not decoder:
                 raise ValueError(

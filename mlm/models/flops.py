@@ -3,7 +3,7 @@
 import jax
 
 from mlm.models.config import ModelConfig, StackConfig
-from mlm.models.specs import AttentionSpec, FFNSpec
+from mlm.models.specs import AttentionSpec, FFNSpec, RecurrentSpec
 from mlm.models.transformer import Transformer
 
 
@@ -12,8 +12,8 @@ def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> 
 
     6 x (weights x positions they are applied to, memory keys and values at source positions, head at the positions of
     the last stack) + 12 x layers x heads x head size x (pairs of positions that a mask without padding allows; causal
-    pairs counted half). A multiply-add is 2 FLOPs and the backward pass costs twice the forward; padding counts as
-    positions, because the matrices do not know it.
+    pairs counted half), or what additive attention does with a pair. A multiply-add is 2 FLOPs and the backward pass
+    costs twice the forward; padding counts as positions, because the matrices do not know it.
     """
     total = 0.0
     if config.encoder:
@@ -45,6 +45,8 @@ def _stack(stack: StackConfig, d_model: int, memory_width: int, length: int, mem
         for spec in layer.sublayers:
             if isinstance(spec, FFNSpec):
                 total += 6.0 * _ffn_products(spec, d_model) * length
+            elif isinstance(spec, RecurrentSpec):
+                total += 6.0 * _recurrent_products(spec, d_model, memory_width, length, memory, stack.causal)
             else:
                 total += _attention(spec, d_model, memory_width, length, memory, stack.causal)
     return total
@@ -59,6 +61,21 @@ def _ffn_products(spec: FFNSpec, d_model: int) -> float:
         return float(matrices * d_model * spec.d_ff)
     shared = matrices * d_model * (spec.router.shared or 0)
     return spec.router.active * matrices * d_model * spec.d_ff + d_model * spec.router.experts + shared
+
+
+def _recurrent_products(
+    spec: RecurrentSpec, d_model: int, memory_width: int, length: int, memory: int, causal: bool
+) -> float:
+    """Multiply-adds of a row: three gates and the output in each direction; with attention also the contexts' part in
+    both, and for every pair of a target and a source position `alignment` of its score and one of each number of the
+    mean.
+    """
+    width, units = spec.width, spec.alignment or spec.width
+    total = (4 * d_model + 3 * width) * width * length * (1 if causal else 2)
+    if spec.attends:
+        total += (width * units + memory_width * (3 * width + d_model)) * length
+        total += memory_width * units * memory + memory_width * width + (units + memory_width) * length * memory
+    return float(total)
 
 
 def idle_parameters(config: ModelConfig) -> int:

@@ -13,8 +13,9 @@ from mlm.models.attention import Attention
 from mlm.models.config import StackConfig
 from mlm.models.experts import MixtureOfExperts
 from mlm.models.layers import FeedForward, Norm, Pass, Sublayer, dropout
+from mlm.models.recurrent import Recurrent
 from mlm.models.routing import Routed
-from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec
+from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec, RecurrentSpec
 from mlm.models.view import View
 from mlm.types import Hidden, PyTree, SourceHidden
 
@@ -29,10 +30,15 @@ def _network(d_model: int, memory_width: int, spec: FFNSpec, stack: StackConfig,
     return (MixtureOfExperts if spec.router else FeedForward)(d_model, spec, stack.residual.gain, rngs)
 
 
+def _recurrent(d_model: int, memory_width: int, spec: RecurrentSpec, stack: StackConfig, rngs: nnx.Rngs) -> Sublayer:
+    return Recurrent(d_model, memory_width, spec, stack.causal, stack.residual.gain, rngs)
+
+
 # Kind of spec -> its module, made from (model width, encoder width, spec, stack, random streams).
 SUBLAYERS: dict[type, Callable[[int, int, Any, StackConfig, nnx.Rngs], Sublayer]] = {
     AttentionSpec: _attention,
     FFNSpec: _network,
+    RecurrentSpec: _recurrent,
 }
 
 

@@ -15,6 +15,7 @@ from mlm.models.specs import (
     LayerSpec,
     NormSpec,
     PositionSpec,
+    RecurrentSpec,
     ResidualSpec,
     RouterSpec,
     check_choice,
@@ -344,6 +345,30 @@ def glm_style(*, d_model: int, d_ff: int, heads: int, layers: int, vocab_size: i
     return ModelConfig(vocab_size=vocab_size, d_model=d_model, encoder=None, decoder=stack, head=HeadSpec(kind="tied"))
 
 
+RNNSEARCH_COLUMNS = "d_model width alignment layers"  # layers: of each stack
+
+
+def rnnsearch(*, d_model: int, width: int, alignment: int, layers: int, vocab_size: int) -> ModelConfig:
+    """RNNsearch (Bahdanau et al. 2015): gated recurrent units in both directions, then some that attend by addition.
+
+    Not as published: norms and residuals as in any stack here, so that the embedding reaches the output by way of the
+    residual; the encoder's states are projected to `d_model` before they are attended to; the head is linear, where the
+    paper has a maxout layer of 500 before it.
+    """
+
+    def stack(causal: bool) -> StackConfig:
+        spec = RecurrentSpec(width=width, attends=causal, alignment=alignment if causal else None)
+        return StackConfig(group=(LayerSpec(sublayers=(spec,)),), repeats=layers, causal=causal)
+
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        encoder=stack(False),
+        decoder=stack(True),
+        share_embedding=False,
+    )
+
+
 SWITCH_BASE = (768, 3072, 12, 64, (12, 12))
 SWITCH_LARGE = (1024, 4096, 16, 64, (24, 24))
 SWITCH_XXL = (4096, 10240, 64, 64, (24, 24))
@@ -477,6 +502,7 @@ _add(
     rope=_rope[32.0],
     tied=True,
 )
+_add("RNNsearch", "rnnsearch_{}", rnnsearch, RNNSEARCH_COLUMNS, {"50": (620, 1000, 1000, 1)}, vocab_size=30_000)
 for _experts in (8, 16, 32, 64, 128, 256):
     _switch: dict[str, Any] = {"vocab_size": T5_VOCAB, "activation": "relu", "tied": True, "experts": _experts}
     _add("Switch", "switch_{}_" + str(_experts), switch_style, T5_COLUMNS, {"base": SWITCH_BASE}, **_switch)

@@ -348,9 +348,38 @@ class FFNSpec:
         return self.activation in ACTIVATIONS[:3]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecurrentSpec:
+    """One sublayer of gated recurrent units with states of `width`: left to right in a decoder, in an encoder a second
+    set of them right to left too.
+
+    attends: each step looks at the encoder's states by additive attention first, with `alignment` hidden units (None:
+    `width`). Sources: Cho et al. 2014; Bahdanau et al. 2015.
+    """
+
+    width: int
+    attends: bool = False
+    alignment: int | None = None
+    name: ClassVar[str] = "recurrent"
+    reads_itself: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_positive(self, "width", "alignment")
+        if self.alignment and not self.attends:
+            raise ValueError(f"RecurrentSpec: alignment={self.alignment} is the width of attention; set attends=True")
+
+    @property
+    def reads_memory(self) -> bool:
+        return self.attends
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return ("probabilities",) if self.attends else ()
+
+
 # Each has a `name` for its parameters, `taps` that it hands out, and says whether it `reads_itself`, its own stack's
 # other positions, and whether it `reads_memory`, the encoder's states.
-SublayerSpec = AttentionSpec | FFNSpec
+SublayerSpec = AttentionSpec | FFNSpec | RecurrentSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +389,9 @@ class LayerSpec:
     sublayers: tuple[SublayerSpec, ...]
 
     def names(self) -> tuple[str, ...]:
-        """Parameter names of the sublayers: "self_attention", "cross_attention", "ffn", "moe"; a repeat gets "_2"."""
+        """Parameter names of the sublayers: "self_attention", "cross_attention", "ffn", "moe", "recurrent"; a repeat
+        gets "_2".
+        """
         names: list[str] = []
         for spec in self.sublayers:
             seen = sum(n == spec.name or n.startswith(f"{spec.name}_") for n in names)

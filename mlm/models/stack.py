@@ -24,7 +24,7 @@ from mlm.models.specs import FFNSpec, LayerSpec
 from mlm.models.view import View, slots_of
 from mlm.types import Hidden, Params, Placement, PyTree, Segments, SourceHidden, SourceSegments
 
-_MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
+_MATRICES = ("query", "key", "value", "out", "gate", "up", "down", "reset", "update", "candidate")
 _POLICIES, _ATTENDED = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names(blockwise.SAVED)
 _SAVED = {
     "minimal": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _ATTENDED),

@@ -154,7 +154,7 @@ ROPE = PositionSpec(kind="rope")
         ),
         (
             lambda: StackConfig(group=(LayerSpec(sublayers=(CROSS,)),), repeats=1, causal=True),
-            r"holds self-attention, so tokens never meet",
+            r"holds self-attention or recurrence, so tokens never meet",
         ),
         (lambda: HeadSpec(kind="lin"), r"HeadSpec.kind='lin' is not one of .*did you mean 'linear'"),
         (lambda: HeadSpec(softcap=0.0), r"HeadSpec.softcap=0.0 must be above 0"),
