@@ -73,6 +73,12 @@ class StackConfig:
                 f"StackConfig: one relative-position table serves all layers that share it, so their heads and buckets "
                 f"must agree; found {sorted((heads, p.buckets, p.max_distance) for heads, p in shared)}"
             )
+        read = {(s.heads, s.head_dim, s.position) for s in self.attentions() if s.position.kind == "seqpe"}
+        if len(read) > 1:
+            raise ValueError(
+                f"StackConfig: one reader of positions serves all layers, so their heads, their size and its spec must "
+                f"agree; found heads of {sorted(f'{heads}x{size}' for heads, size, _ in read)}"
+            )
         if not any(spec.reads_itself for spec in self.sublayers()):
             raise ValueError(
                 "StackConfig: no layer of the group holds self-attention or recurrence, so tokens never meet"
@@ -124,6 +130,10 @@ class StackConfig:
 
     def reads_memory(self) -> bool:
         return any(spec.reads_memory for spec in self.sublayers())
+
+    def seqpe(self) -> AttentionSpec | None:
+        """The attention whose positions a reader spells, if there is one."""
+        return next((s for s in self.attentions() if s.position.kind == "seqpe"), None)
 
     def shared_table(self) -> AttentionSpec | None:
         """The attention whose relative-position table the whole stack shares, if there is one."""

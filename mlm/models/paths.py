@@ -57,4 +57,6 @@ def fitting_paths(stack: StackConfig, dtype: str, lengths: Sequence[int] = (), p
 
 def _misfits(name: str, stack: StackConfig, dtype: str, lengths: Sequence[int], prefix: bool | None) -> list[str]:
     here = [] if prefix is None else PATHS[name].misfits_here(lengths, prefix)
+    if name != "plain" and stack.seqpe():
+        here = ["position='seqpe': its biases differ from pair to pair, and only plain attention holds them", *here]
     return PATHS[name].misfits(stack, dtype) + here

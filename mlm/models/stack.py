@@ -19,6 +19,7 @@ from mlm.models.layers import Norm, Pass, dropout, parameter, unit_rows
 from mlm.models.paths import path_of
 from mlm.models.positions import segment_positions, sinusoids
 from mlm.models.routing import rebalanced
+from mlm.models.seqpe import PositionReader, Reading, bias
 from mlm.models.sight import Sight
 from mlm.models.specs import FFNSpec, LayerSpec
 from mlm.models.view import View, slots_of
@@ -46,12 +47,16 @@ class Group(nnx.Module):
 
 
 class Frame(nnx.Module):
-    """What a stack owns once: a shared relative-position table, what is added to tokens, norms before and after."""
+    """What a stack owns once: a shared relative-position table or a reader of positions, what is added to tokens, norms
+    before and after.
+    """
 
     def __init__(self, d_model: int, config: StackConfig, rngs: nnx.Rngs):
         shared, embedding = config.shared_table(), config.embedding
         if shared:
             self.position = position_table(shared.heads, shared, rngs)
+        if seqpe := config.seqpe():
+            self.seqpe = PositionReader(seqpe, rngs)
         if embedding.positions == "learned":
             length = (embedding.length or 0) + embedding.offset
             self.absolute = parameter(rngs, (length, d_model), 0.02, ("positions", "embed"))
@@ -132,9 +137,11 @@ class Stack:
         own = Sight(shape=(length, length), causal=config.causal, segments=(segments, segments))
         lengths = {length, length if memory is None else memory.shape[1]}
         path = path_of(config, str(rows.dtype), sorted(lengths), prefix is not None)
+        positions = segment_positions(segments)
+        reading = self._read(frame, length, its.rate, key)
         view = View(
             own=own if prefix is None else replace(own, prefix=(prefix, prefix)),
-            positions=segment_positions(segments),
+            positions=positions,
             memory=memory,
             memory_sight=None
             if memory_segments is None
@@ -143,6 +150,7 @@ class Stack:
             table=frame.position[...] if config.shared_table() else None,
             attend=path.attend,
             draws=path.draws,
+            spelled=None if reading is None else bias(reading.query[positions], reading.key[positions]),
         )
         keys = None if key is None else jax.random.split(key, config.repeats + 2)
         per_group = len(config.routers())
@@ -189,6 +197,31 @@ class Stack:
             x, rest_notes = run_rest(x, (params["rest"], rest_steers))
         x = frame.final_norm(x, its.target_languages) if config.final_norm else x
         return dropout(x, its.rate, None if keys is None else keys[1]), _by_depth(notes, rest_notes)
+
+    def read_positions(self, params: Params, length: int) -> Reading | None:
+        """What queries and keys at the first `length` positions add to the logits; None if nobody reads positions.
+
+        Raises ValueError for more positions than the digits spell.
+        """
+        return self._read(self._bind_frame(params), length, 0.0, None)
+
+    def position_loss(self, params: Params, key: Key[Array, ""]) -> Float[Array, ""]:
+        """The losses of the reader of positions by their weights, in nats."""
+        return self._bind_frame(params).seqpe.loss(key)
+
+    def _read(self, frame: Any, length: int, rate: float, key: Key[Array, ""] | None) -> Reading | None:
+        own = self.config.seqpe()
+        spec = own.position.seqpe if own else None
+        if spec is None:
+            return None
+        if length > spec.limit:
+            raise ValueError(f"{length} positions do not fit digits={spec.digits}, which spell {spec.limit}; raise it")
+        first: int | Array = 0
+        if key is not None:
+            key, moves, place = jax.random.split(jax.random.fold_in(key, 1), 3)
+            anywhere = jax.random.randint(place, (), 0, spec.limit - length + 1)
+            first = jnp.where(jax.random.bernoulli(moves, spec.shift), anywhere, 0)
+        return frame.seqpe.reading(first + jnp.arange(length), rate, key)
 
     def rebalanced(self, params: Params, load: Float[Array, "n E"]) -> Params:
         """The parameters after loss-free balancing: router biases of the n mixtures moved by their load."""
@@ -260,6 +293,7 @@ class Stack:
             table=frame.position[...] if config.shared_table() else None,
             attend=attend,  # a block against its cache is small: what plain attention makes of it is Q x M
             draws=True,
+            spelled=bias(cache["positions"].query[at], cache["positions"].key) if config.seqpe() else None,
         )
         to = cache["languages"][:, None] if "languages" in cache else None
         its = Pass(real=jnp.ones(rows.shape[:2], bool), placement=placement, cached=True, target_languages=to)

@@ -18,7 +18,8 @@ class View:
     """One pass over whole sequences, or over a cached block of Q positions, for every kind of sublayer of a stack.
 
     own: how the stack's states see each other, but for what a kind of attention adds. positions: places inside the
-    example. memory: the encoder's states, of a whole pass alone. attend: the path of attention.
+    example. memory: the encoder's states, of a whole pass alone. attend: the path of attention. spelled: biases of
+    positions that were read as digits.
 
     Where the path reads arrays, `draws`, masks and biases are drawn here, once and outside of the loop over layers;
     only a layer's own table has to wait for its layer.
@@ -34,6 +35,7 @@ class View:
         table: Float[Array, "H buckets"] | None,
         attend: Attend,
         draws: bool,
+        spelled: Float[Array, "_ H T M"] | None = None,
     ):
         self.own, self.positions, self.memory, self.attend = own, positions, memory, attend
         self._table, self._draws = table, draws
@@ -49,7 +51,8 @@ class View:
             if spec.window not in self._masks:
                 self._masks[spec.window] = self._sight(spec, table).mask()
             if spec.position.table() != "layer" and (spec.position, spec.heads) not in self._biases:
-                self._biases[spec.position, spec.heads] = self._sight(spec, table).bias()
+                seqpe = spec.position.kind == "seqpe"
+                self._biases[spec.position, spec.heads] = spelled if seqpe else self._sight(spec, table).bias()
 
     def sight(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None = None) -> Sight | Drawn:
         """How queries see the keys of their own stack. table: the layer's own, where it has one."""

@@ -31,6 +31,7 @@ from mlm.models.specs import (
     PositionSpec,
     RecurrentSpec,
     RouterSpec,
+    SeqPESpec,
     deep_norm,
 )
 from mlm.models.transformer import Transformer
@@ -109,6 +110,18 @@ def moe_kit():
     return sparse(plain, router, every=1, extra=True)
 
 
+def seqpe():
+    """Positions read as two digits by a transformer of one layer, in both stacks."""
+    reader = SeqPESpec(digits=2, width=32, heads=2, layers=1, trained=32)
+    own = AttentionSpec(source="self", heads=3, head_dim=4, position=PositionSpec(kind="seqpe", seqpe=reader))
+    plain = T5()
+    stacks = {
+        name: dataclasses.replace(stack, group=(LayerSpec(sublayers=(own, *stack.group[0].sublayers[1:])),))
+        for name, stack in plain.stacks().items()
+    }
+    return dataclasses.replace(plain, **stacks)
+
+
 def hybrid():
     """Recurrence and attention in turn, in a decoder alone: three layers, the last of half a group."""
     own = AttentionSpec(source="self", heads=3, head_dim=4, window=3)
@@ -144,6 +157,7 @@ MEMBERS = {
     "languages_alone": lambda: language_aware(BERT(), languages=3, norms=True, offsets=("language",)),
     "rnnsearch": partial(rnnsearch, d_model=12, width=10, alignment=8, layers=2, vocab_size=V),
     "hybrid": hybrid,
+    "seqpe": seqpe,
     "moe": moe,
     "moe_kit": moe_kit,
 }
@@ -310,10 +324,11 @@ def test_cached_blocks_equal_the_whole(speaker, blocks):
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-4)
 
 
-def test_blockwise_attention_equals_plain_in_value_and_gradient(member, monkeypatch):
+@pytest.mark.parametrize("name", sorted(MEMBERS.keys() - {"seqpe"}))
+def test_blockwise_attention_equals_plain_in_value_and_gradient(name, monkeypatch):
     """Two examples and padding in a row of three blocks; a decoder alone also has a prefix, if it can read one."""
     monkeypatch.setattr(blockwise, "BLOCK", 8)
-    model, params = member
+    model, params = made(name)
     segments = jnp.array([[1] * 9 + [2] * 8 + [0] * 3, [1] * 20])
     tokens = jax.random.randint(jax.random.key(2), segments.shape, 3, V)
     batch = {
