@@ -12,6 +12,7 @@ from mlm.models.specs import (
     FFNSpec,
     LayerSpec,
     NormSpec,
+    PositionSpec,
     ResidualSpec,
     RouterSpec,
     SublayerSpec,
@@ -301,6 +302,23 @@ class ModelConfig:
     def stacks(self) -> dict[str, StackConfig]:
         """The stacks that there are, "encoder" before "decoder"."""
         return {name: stack for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)) if stack}
+
+
+def positioned(config: ModelConfig, position: PositionSpec) -> ModelConfig:
+    """The model with this in place of what its self-attention knows of distances; what is added to tokens stays."""
+
+    def sublayer(spec: SublayerSpec) -> SublayerSpec:
+        if isinstance(spec, AttentionSpec) and spec.reads_itself:
+            return dataclasses.replace(spec, position=position)
+        return spec
+
+    stacks: dict[str, Any] = {
+        name: dataclasses.replace(
+            own, group=tuple(LayerSpec(sublayers=tuple(map(sublayer, g.sublayers))) for g in own.group)
+        )
+        for name, own in config.stacks().items()
+    }
+    return dataclasses.replace(config, **stacks)
 
 
 def to_json(config: Any) -> dict[str, Any]:

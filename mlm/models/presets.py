@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from mlm.models.config import HeadSpec, ModelConfig, StackConfig
+from mlm.models.config import HeadSpec, ModelConfig, StackConfig, positioned
 from mlm.models.specs import (
     AttentionSpec,
     EmbeddingSpec,
@@ -556,12 +556,14 @@ def preset(
     attention: str | None = None,
     router: RouterSpec | None = None,
     every: int = 2,
+    position: PositionSpec | None = None,
     languages: int | None = None,
     language_parts: tuple[str, ...] = (),
 ) -> ModelConfig:
     """The published model `name`, with what a run may change about it; None keeps the published value.
 
-    router: makes every `every`-th layer's feed-forward network a mixture of experts (`sparse`).
+    router: makes every `every`-th layer's feed-forward network a mixture of experts (`sparse`). position: how all
+    self-attention knows distances, in place of what it has (`positioned`).
     language_parts: what is kept for each of so many `languages` ("norms", "bridge", "offsets": `language_aware`).
     Raises KeyError with the nearest names for an unknown preset.
     """
@@ -580,6 +582,7 @@ def preset(
             offsets=("language",) if kept["offsets"] else (),
         )
     config = config if router is None else sparse(config, router, every=every)
+    config = config if position is None else positioned(config, position)
     execution = {"dropout": dropout, "remat": remat, "scan": scan, "attention": attention}
     stack: dict[str, Any] = {k: v for k, v in execution.items() if v is not None}
     top: dict[str, Any] = {k: v for k, v in (("vocab_size", vocab_size), ("dtype", dtype)) if v is not None}

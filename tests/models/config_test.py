@@ -228,6 +228,16 @@ def test_a_dense_preset_becomes_sparse_by_a_router():
         preset("gemma_3_270m", router=RouterSpec(experts=4))
 
 
+def test_a_preset_knows_distances_in_another_way():
+    """Self- and joint attention do; cross-attention knows none, and a table that nobody reads goes."""
+    alibi = PositionSpec(kind="alibi")
+    config = preset("tiny", position=alibi)
+    kinds = [spec.position.kind for stack in config.stacks().values() for spec in stack.attentions()]
+    assert kinds == ["alibi", "alibi", "none"]
+    assert "position" not in Transformer(config).shapes()["encoder"]
+    assert preset("t5gemma2_270m", position=alibi).decoder.attentions()[0].position == alibi
+
+
 @pytest.mark.parametrize(
     ("router", "said"),
     [
