@@ -25,7 +25,8 @@ SHOWN = 24  # languages of the expert table
 
 def models(experts, vocab_size):
     """name -> model."""
-    from mlm.models.presets import T5_COLUMNS, TINY, sparse, t5_style
+    from mlm.models.families import sparse, t5_style
+    from mlm.models.presets import T5_COLUMNS, TINY
     from mlm.models.specs import RouterSpec
 
     size = dict(zip(T5_COLUMNS.split(), TINY, strict=True)) | {"vocab_size": vocab_size}

@@ -38,8 +38,9 @@ import plain_port  # noqa: E402
 
 from mlm.data.batching import Example, Packer  # noqa: E402
 from mlm.models.config import ModelConfig  # noqa: E402
+from mlm.models.families import gemma_3, sparse  # noqa: E402
 from mlm.models.flops import training_flops  # noqa: E402
-from mlm.models.presets import gemma_3, preset, sparse  # noqa: E402
+from mlm.models.presets import preset  # noqa: E402
 from mlm.models.specs import NO_POSITION, LayerSpec, RouterSpec  # noqa: E402
 from mlm.models.transformer import Transformer  # noqa: E402
 from mlm.parallel import MeshConfig, global_batch, make_mesh  # noqa: E402

@@ -40,7 +40,7 @@ def tiny_run(tmp_path_factory) -> Path:
     from mlm.checkpoints.run_directory import RunDirectory
     from mlm.data.vocabulary import ByteVocabulary
     from mlm.models.config import to_json
-    from mlm.models.presets import t5_style
+    from mlm.models.families import t5_style
     from mlm.models.transformer import Transformer
 
     run = RunDirectory(tmp_path_factory.mktemp("runs") / "tiny").create()

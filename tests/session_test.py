@@ -74,7 +74,7 @@ def test_a_decoder_alone_goes_on(tiny_run, tmp_path, one_device):
     from mlm.checkpoints import Checkpointer
     from mlm.checkpoints.run_directory import RunDirectory
     from mlm.models.config import to_json
-    from mlm.models.presets import llama_style
+    from mlm.models.families import llama_style
     from mlm.models.specs import PositionSpec
     from mlm.models.transformer import Transformer
 

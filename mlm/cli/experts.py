@@ -84,7 +84,7 @@ def _upcycle(flags: argparse.Namespace) -> None:
     import jax
 
     from mlm.adaptation.experts import upcycle
-    from mlm.models.presets import sparse
+    from mlm.models.families import sparse
     from mlm.models.specs import RouterSpec
 
     session = _load(flags)

@@ -208,7 +208,8 @@ def _print(record: dict) -> None:
         for number, layer in enumerate(stack.group):
             which = "every layer" if len(stack.group) == 1 else f"layers {number}, {number + len(stack.group)}, …"
             _wrapped(f"  {which}: {' → '.join(map(_sublayer, layer.sublayers))}", "    ")
-        print(f"  attention paths: {', '.join(fitting_paths(stack, 'bfloat16'))}")
+        if stack.attentions():
+            print(f"  attention paths: {', '.join(fitting_paths(stack, 'bfloat16'))}")
     sizes = (
         {"encoder": "source", "decoder": "target"} if len(record["lengths"]) == 2 else dict.fromkeys(record["lengths"])
     )
@@ -259,8 +260,11 @@ def _router(router: Any) -> str:
 
 
 def _sublayer(spec: Any) -> str:
-    from mlm.models.specs import FFNSpec
+    from mlm.models.specs import FFNSpec, RecurrentSpec
 
+    if isinstance(spec, RecurrentSpec):
+        attends = f" with additive attention {spec.alignment or spec.width}" if spec.attends else ""
+        return f"gated recurrent units {spec.width}{attends}"
     if isinstance(spec, FFNSpec):
         text = f"{spec.activation} {spec.d_ff}"
         return text if spec.router is None else f"{_router(spec.router)} of {text}"

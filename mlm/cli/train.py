@@ -98,7 +98,7 @@ def bind_all() -> None:
     from mlm.checkpoints import CheckpointConfig
     from mlm.data.pipeline import DataConfig
     from mlm.models.presets import preset
-    from mlm.models.specs import RouterSpec
+    from mlm.models.specs import PositionSpec, RouterSpec, SeqPESpec
     from mlm.parallel import MeshConfig
     from mlm.training.loop import LoopConfig
     from mlm.training.optimizers import make_optimizer
@@ -109,6 +109,8 @@ def bind_all() -> None:
         "run": Plan,
         "preset": preset,
         "router": RouterSpec,
+        "position": PositionSpec,
+        "seqpe": SeqPESpec,
         "data": DataConfig,
         "train": TrainConfig,
         "optimizer": make_optimizer,

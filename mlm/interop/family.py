@@ -126,8 +126,11 @@ def both(config: ModelConfig) -> tuple[StackConfig, StackConfig]:
 
 
 def attention(layer: LayerSpec) -> AttentionSpec:
-    """The first attention of a layer."""
-    return next(spec for spec in layer.sublayers if isinstance(spec, AttentionSpec))
+    """The first attention of a layer. Raises ConversionError when it has none."""
+    found = [spec for spec in layer.sublayers if isinstance(spec, AttentionSpec)]
+    if not found:
+        raise ConversionError("every layer of it has attention")
+    return found[0]
 
 
 def feed_forward(layer: LayerSpec) -> FFNSpec:

@@ -6,7 +6,7 @@ from typing import Any
 from mlm.interop.family import Family, Keys, attention, both, feed_forward
 from mlm.interop.rules import ConversionError, Rule
 from mlm.models.config import HeadSpec, ModelConfig
-from mlm.models.presets import t5_style
+from mlm.models.families import t5_style
 from mlm.models.specs import AttentionSpec
 
 ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu", "gated-silu": "swiglu"}  # feed_forward_proj -> ours

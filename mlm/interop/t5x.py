@@ -21,7 +21,7 @@ from flax import serialization
 from mlm.interop.rules import ConversionError, Piece, Rule, plan
 from mlm.interop.t5 import adjusted
 from mlm.models.config import ModelConfig
-from mlm.models.presets import t5_style
+from mlm.models.families import t5_style
 from mlm.registry import nearest
 
 PREFIX = "target."

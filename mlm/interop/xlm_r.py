@@ -6,7 +6,7 @@ from mlm.interop import fairseq
 from mlm.interop.family import Family, Keys, attention, feed_forward
 from mlm.interop.rules import ConversionError, Rule
 from mlm.models.config import ModelConfig, StackConfig
-from mlm.models.presets import bert_style
+from mlm.models.families import bert_style
 
 XL = "xlm-roberta-xl"  # norms first
 TABLE, BIAS = "roberta.embeddings.word_embeddings.weight", "lm_head.bias"

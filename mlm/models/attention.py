@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.layers import Norm, cap, dropout, parameter, product, unit_rows, zeros
+from mlm.models.layers import Norm, Pass, Sublayer, cap, dropout, parameter, product, unit_rows, zeros
 from mlm.models.positions import rotate
 from mlm.models.sight import Drawn, Sight
 from mlm.models.specs import AttentionSpec, NormSpec
-from mlm.types import Hidden
+from mlm.models.view import Attend, View
+from mlm.types import Hidden, PyTree, SourceHidden
 
 # Finite, so that a row with nothing to look at (padding) gives a mean instead of NaN.
 MASKED = -1e10
@@ -43,13 +44,17 @@ def attend(
     softcap: float | None = None,
     rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
+    show: Callable[[Float[Array, "R H T M"]], None] = lambda probabilities: None,
 ) -> Float[Array, "R H T K"]:
     """softmax(cap(scale q k^T) + bias) v over all keys that the masks allow, under one softmax in float32.
 
-    scale None: 1, as T5 folds 1/sqrt(K) into the initial query weights. cap(z) = softcap tanh(z / softcap).
+    scale None: 1, as T5 folds 1/sqrt(K) into the initial query weights. cap(z) = softcap tanh(z / softcap). show: is
+    given the softmax, of the pieces one after another, before dropout.
     """
     logits = jnp.concatenate([logits_of(query, piece, scale, softcap) for piece in seen], axis=-1)
-    probs = dropout(jax.nn.softmax(logits, axis=-1), rate, dropout_key, broadcast=(2,))
+    probs = jax.nn.softmax(logits, axis=-1)
+    show(probs)
+    probs = dropout(probs, rate, dropout_key, broadcast=(2,))
     ends = np.cumsum([piece.key.shape[2] for piece in seen])[:-1]
     parts = zip(jnp.split(probs, ends, axis=-1), seen, strict=True)
     return reduce(jnp.add, (mean_values(query, mine, piece.value) for mine, piece in parts))
@@ -141,10 +146,7 @@ def _add_bias_backward(shared, _, g):
 _add_bias.defvjp(lambda shared, logits, bias: (logits + bias, None), _add_bias_backward)
 
 
-Attend = Callable[..., Float[Array, "R H T K"]]  # takes what `attend` takes, and gives the same numbers
-
-
-class Attention(nnx.Module):
+class Attention(Sublayer):
     """Projections around `attend`, and what belongs to one layer: norms of queries and keys, an own position table.
 
     memory_width: width of the states that cross-attention reads. Initial std: query (D K)^-1/2, or D^-1/2 where logits
@@ -181,6 +183,42 @@ class Attention(nnx.Module):
             self.gain = nnx.Param(jnp.asarray(spec.qk_gain, jnp.float32), axes=())
         if spec.position.table() == "layer":
             self.position = position_table(heads, spec, rngs)
+
+    def whole(self, h: Hidden, view: View, its: Pass, key: Key[Array, ""] | None) -> tuple[Hidden, None]:
+        seen = []
+        if self.spec.reads_itself:
+            k, v = self.keys_values(h, view.positions)
+            seen.append(Seen(k, v, self._sight(view)))
+        if self.spec.reads_memory:
+            k, v = self.keys_values(view.memory)
+            seen.append(Seen(k, v, view.memory_sight()))
+        by = view.attend
+        if "probabilities" in its.taps:  # which no other path ever holds
+            by = partial(attend, show=partial(its.tap, "probabilities"))
+        return self.attended(self.queries(h, view.positions), seen, its.rate, key, by), None
+
+    def block(
+        self, h: Float[Array, "R Q D"], slots: PyTree, kept: PyTree, view: View, its: Pass
+    ) -> tuple[Float[Array, "R Q D"], PyTree]:
+        seen = []
+        if self.spec.reads_itself:
+            k, v = self.keys_values(h, view.positions)
+            slots = view.written(slots, {"key": k, "value": v})
+            seen.append(Seen(slots["key"], slots["value"], self._sight(view)))
+        if self.spec.reads_memory:
+            seen.append(Seen(kept["key"], kept["value"], view.memory_sight()))
+        return self.attended(self.queries(h, view.positions), seen, 0.0, None, view.attend), slots
+
+    def kept(self, memory: SourceHidden | None, real: Bool[Array, "B S"] | None) -> PyTree:
+        return dict(zip(("key", "value"), self.keys_values(memory), strict=True)) if self.spec.reads_memory else {}
+
+    def slots(self, rows: int, length: int, dtype: jnp.dtype) -> PyTree:
+        shape = (rows, self.spec.key_heads, length, self.spec.head_dim)
+        return {kind: jnp.zeros(shape, dtype) for kind in ("key", "value")} if self.spec.reads_itself else {}
+
+    def _sight(self, view: View) -> Sight | Drawn:
+        owner = self.spec.position.table() == "layer"
+        return view.sight(self.spec, self.position[...] if owner else None)
 
     def queries(self, x: Hidden, positions: Int[Array, "#B T"] | None = None) -> Float[Array, "B H T K"]:
         """positions: where in their example the tokens stand; read only by attention that rotates."""

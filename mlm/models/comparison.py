@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from mlm.models.config import ModelConfig
-from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec, RouterSpec
+from mlm.models.specs import FFNSpec, LayerSpec, RouterSpec, SublayerSpec
 
 
 def mathematics(config: ModelConfig) -> ModelConfig:
@@ -24,7 +24,7 @@ def mathematics(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, dtype="float32", encoder_width=width, **stacks)
 
 
-def _plain_routes(spec: AttentionSpec | FFNSpec) -> AttentionSpec | FFNSpec:
+def _plain_routes(spec: SublayerSpec) -> SublayerSpec:
     """A mixture without what is done to train it, and as if every token found room: gates are then of the chosen."""
     if not isinstance(spec, FFNSpec) or spec.router is None or spec.router.kind != "top_k":
         return spec

@@ -12,8 +12,10 @@ from mlm.models.specs import (
     FFNSpec,
     LayerSpec,
     NormSpec,
+    PositionSpec,
     ResidualSpec,
     RouterSpec,
+    SublayerSpec,
     check_above_zero,
     check_choice,
     check_positive,
@@ -72,8 +74,16 @@ class StackConfig:
                 f"StackConfig: one relative-position table serves all layers that share it, so their heads and buckets "
                 f"must agree; found {sorted((heads, p.buckets, p.max_distance) for heads, p in shared)}"
             )
-        if not any(spec.reads_itself for spec in self.attentions()):
-            raise ValueError("StackConfig: no layer of the group holds self-attention, so tokens never meet")
+        read = {(s.heads, s.head_dim, s.position) for s in self.attentions() if s.position.kind == "seqpe"}
+        if len(read) > 1:
+            raise ValueError(
+                f"StackConfig: one reader of positions serves all layers, so their heads, their size and its spec must "
+                f"agree; found heads of {sorted(f'{heads}x{size}' for heads, size, _ in read)}"
+            )
+        if not any(spec.reads_itself for spec in self.sublayers()):
+            raise ValueError(
+                "StackConfig: no layer of the group holds self-attention or recurrence, so tokens never meet"
+            )
         self._check_routers()
 
     def _check_routers(self) -> None:
@@ -107,17 +117,24 @@ class StackConfig:
         """Every layer, first to last."""
         return self.group * self.repeats + self.group[: self.rest]
 
+    def sublayers(self) -> list[SublayerSpec]:
+        """Those of one group, whatever the kind."""
+        return [spec for layer in self.group for spec in layer.sublayers]
+
     def attentions(self) -> list[AttentionSpec]:
         """The attention sublayers of one group."""
-        return [spec for layer in self.group for spec in layer.sublayers if isinstance(spec, AttentionSpec)]
+        return [spec for spec in self.sublayers() if isinstance(spec, AttentionSpec)]
 
     def routers(self) -> list[RouterSpec]:
         """Those of the mixtures of experts of one group."""
-        ffns = [spec for layer in self.group for spec in layer.sublayers if isinstance(spec, FFNSpec)]
-        return [spec.router for spec in ffns if spec.router]
+        return [spec.router for spec in self.sublayers() if isinstance(spec, FFNSpec) and spec.router]
 
     def reads_memory(self) -> bool:
-        return any(spec.reads_memory for spec in self.attentions())
+        return any(spec.reads_memory for spec in self.sublayers())
+
+    def seqpe(self) -> AttentionSpec | None:
+        """The attention whose positions a reader spells, if there is one."""
+        return next((s for s in self.attentions() if s.position.kind == "seqpe"), None)
 
     def shared_table(self) -> AttentionSpec | None:
         """The attention whose relative-position table the whole stack shares, if there is one."""
@@ -187,7 +204,7 @@ class ModelConfig:
     start_token: whose row the decoder reads for id 0, its first input (fairseq begins with the end of sequence).
     languages: number of language ids, 0 for none included, where something is kept for every target language: norms
     (`NormSpec.languages`), the head's offsets, or the bridge, a matrix between encoder and decoder (LALT). scripts: the
-    number of each language's script. `presets.language_aware` sets them together.
+    number of each language's script. `families.language_aware` sets them together.
     dtype: the type of activations and matrix products ("bfloat16" on accelerators); parameters are float32 masters,
     and norms, softmax and loss are computed in float32 in any case.
     """
@@ -219,11 +236,19 @@ class ModelConfig:
                 "reads in both directions and a decoder writes left to right; set False and True"
             )
         if encoder and encoder.reads_memory():
-            raise ValueError("encoder layers cannot hold cross-attention: there is no other stack for them to read")
+            raise ValueError(
+                "encoder layers cannot hold cross-attention, or recurrence with attends=True: there is no other stack "
+                "for them to read"
+            )
         if decoder and encoder and not decoder.reads_memory():
-            raise ValueError("no decoder layer holds cross-attention, so the decoder would never see the source")
+            raise ValueError(
+                "no decoder layer holds cross-attention or recurrence with attends=True, so the decoder would never "
+                "see the source"
+            )
         if decoder and not encoder and decoder.reads_memory():
-            raise ValueError("a decoder layer holds cross-attention, but there is no encoder to read")
+            raise ValueError(
+                "a decoder layer holds cross-attention or recurrence with attends=True, but there is no encoder to read"
+            )
         if self.encoder_width not in (None, self.d_model):
             if self.share_embedding or not encoder or not decoder:
                 raise ValueError(
@@ -277,6 +302,23 @@ class ModelConfig:
     def stacks(self) -> dict[str, StackConfig]:
         """The stacks that there are, "encoder" before "decoder"."""
         return {name: stack for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)) if stack}
+
+
+def positioned(config: ModelConfig, position: PositionSpec) -> ModelConfig:
+    """The model with this in place of what its self-attention knows of distances; what is added to tokens stays."""
+
+    def sublayer(spec: SublayerSpec) -> SublayerSpec:
+        if isinstance(spec, AttentionSpec) and spec.reads_itself:
+            return dataclasses.replace(spec, position=position)
+        return spec
+
+    stacks: dict[str, Any] = {
+        name: dataclasses.replace(
+            own, group=tuple(LayerSpec(sublayers=tuple(map(sublayer, g.sublayers))) for g in own.group)
+        )
+        for name, own in config.stacks().items()
+    }
+    return dataclasses.replace(config, **stacks)
 
 
 def to_json(config: Any) -> dict[str, Any]:

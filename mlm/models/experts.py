@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from mlm.models import routing
 from mlm.models.grouped import by_group, grouped_matmul, permute
-from mlm.models.layers import FeedForward, Pass, feed_forward, parameter, zeros
+from mlm.models.layers import FeedForward, Pass, Sublayer, feed_forward, parameter, zeros
 from mlm.models.routing import Choice, Plan, Probabilities, Real, Routed
 from mlm.models.specs import FFNSpec
+from mlm.models.view import View
 from mlm.types import Hidden, Params
 
 WEIGHTS = {  # of all experts, and their logical axes
@@ -36,7 +37,7 @@ _ROWS = {
 }
 
 
-class MixtureOfExperts(nnx.Module):
+class MixtureOfExperts(Sublayer):
     """y = sum over a token's experts e of gate_e FFN_e(x), and the shared network where there is one (`RouterSpec`).
 
     Initial std: router 0.02, experts as `FeedForward` times `RouterSpec.init`.
@@ -61,6 +62,9 @@ class MixtureOfExperts(nnx.Module):
         if self.routes.budget is not None:
             self.budget = parameter(rngs, (d_model,), 0.02, ("embed",))
             self.budget_bias = zeros((), ())
+
+    def whole(self, h: Hidden, view: View, its: Pass, key: Key[Array, ""] | None) -> tuple[Hidden, Routed]:
+        return self(h, its, key, None if its.steering is None else its.steering[0])
 
     def __call__(
         self, x: Hidden, its: Pass, key: Key[Array, ""] | None, steering: Float[Array, "#B #T E"] | None = None

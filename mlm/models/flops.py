@@ -3,7 +3,7 @@
 import jax
 
 from mlm.models.config import ModelConfig, StackConfig
-from mlm.models.specs import AttentionSpec, FFNSpec
+from mlm.models.specs import AttentionSpec, FFNSpec, RecurrentSpec
 from mlm.models.transformer import Transformer
 
 
@@ -12,8 +12,9 @@ def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> 
 
     6 x (weights x positions they are applied to, memory keys and values at source positions, head at the positions of
     the last stack) + 12 x layers x heads x head size x (pairs of positions that a mask without padding allows; causal
-    pairs counted half). A multiply-add is 2 FLOPs and the backward pass costs twice the forward; padding counts as
-    positions, because the matrices do not know it.
+    pairs counted half), or what additive attention does with a pair. A multiply-add is 2 FLOPs and the backward pass
+    costs twice the forward; padding counts as positions, because the matrices do not know it. A reader of positions
+    works once for all rows, and for its losses.
     """
     total = 0.0
     if config.encoder:
@@ -36,7 +37,8 @@ def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> 
         stack = config.stacks().get(name)
         width = config.memory_width if name == "encoder" else config.d_model
         total += 6.0 * (stack.embedding.rank or 0) * width * length if stack else 0.0
-    return rows * (total + 6.0 * head * predicted)
+    readers = sum(_reader(own, {"encoder": source, "decoder": target}[n]) for n, own in config.stacks().items())
+    return rows * (total + 6.0 * head * predicted) + readers
 
 
 def _stack(stack: StackConfig, d_model: int, memory_width: int, length: int, memory: int) -> float:
@@ -45,9 +47,27 @@ def _stack(stack: StackConfig, d_model: int, memory_width: int, length: int, mem
         for spec in layer.sublayers:
             if isinstance(spec, FFNSpec):
                 total += 6.0 * _ffn_products(spec, d_model) * length
+            elif isinstance(spec, RecurrentSpec):
+                total += 6.0 * _recurrent_products(spec, d_model, memory_width, length, memory, stack.causal)
             else:
                 total += _attention(spec, d_model, memory_width, length, memory, stack.causal)
+    if own := stack.seqpe():
+        total += 6.0 * own.heads * own.head_dim * _pairs(length, None, stack.causal)
     return total
+
+
+def _reader(stack: StackConfig, length: int) -> float:
+    """A step's FLOPs of a reader of positions, whatever the rows: matrices of 12 E^2 a layer at every digit and at the
+    row after them, causal pairs of these, and the projections of what was read.
+    """
+    own = stack.seqpe()
+    spec = own.position.seqpe if own else None
+    if own is None or spec is None:
+        return 0.0
+    drawn = spec.pivots * (1 + spec.candidates) * bool(spec.contrast) + 2 * spec.window * bool(spec.transfer)
+    symbols, width = spec.digits + 1, spec.width
+    each = 6.0 * (spec.layers * 12 * symbols + 1) * width**2 + 12.0 * spec.layers * width * _pairs(symbols, None, True)
+    return each * (length + drawn) + 6.0 * 2 * width * own.heads * own.head_dim * length
 
 
 def _ffn_products(spec: FFNSpec, d_model: int) -> float:
@@ -59,6 +79,21 @@ def _ffn_products(spec: FFNSpec, d_model: int) -> float:
         return float(matrices * d_model * spec.d_ff)
     shared = matrices * d_model * (spec.router.shared or 0)
     return spec.router.active * matrices * d_model * spec.d_ff + d_model * spec.router.experts + shared
+
+
+def _recurrent_products(
+    spec: RecurrentSpec, d_model: int, memory_width: int, length: int, memory: int, causal: bool
+) -> float:
+    """Multiply-adds of a row: three gates and the output in each direction; with attention also the contexts' part in
+    both, and for every pair of a target and a source position `alignment` of its score and one of each number of the
+    mean.
+    """
+    width, units = spec.width, spec.alignment or spec.width
+    total = (4 * d_model + 3 * width) * width * length * (1 if causal else 2)
+    if spec.attends:
+        total += (width * units + memory_width * (3 * width + d_model)) * length
+        total += memory_width * units * memory + memory_width * width + (units + memory_width) * length * memory
+    return float(total)
 
 
 def idle_parameters(config: ModelConfig) -> int:

@@ -8,17 +8,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mlm.models.routing import Routed
 from mlm.models.specs import FFNSpec, NormSpec
-from mlm.types import ONE_DEVICE, Axes, Hidden, Placement
+from mlm.models.view import View
+from mlm.types import ONE_DEVICE, Axes, Hidden, Placement, PyTree, SourceHidden
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One run over a batch, as sublayers that work position by position see it.
+    """One run over a batch, but for who sees whom (`View`).
 
     rate: dropout. real: False at padding. cached: a block of a decoding step. languages: id of every token, below
     `language_count`. target_languages: what a token's example writes, where something is kept by language. taps: names
-    of what the caller wants to see; tap(name, value) hands it out.
+    of what the caller wants to see; tap(name, value) hands it out. steering: added to router logits, of the mixtures
+    that are still to come.
     """
 
     real: Bool[Array, "B T"]
@@ -30,6 +33,32 @@ class Pass:
     target_languages: Int[Array, "B #T"] | None = None
     taps: frozenset[str] = frozenset()
     tap: Callable[[str, Array], None] = lambda name, value: None
+    steering: Float[Array, "n #B #T E"] | None = None
+
+
+class Sublayer(nnx.Module):
+    """What a layer asks of each of its parts, whatever the kind; this one keeps nothing between decoding steps."""
+
+    def whole(self, h: Hidden, view: View, its: Pass, key: Key[Array, ""] | None) -> tuple[Hidden, Routed | None]:
+        """All positions of whole sequences, and a mixture's record. key: for dropout; None: evaluation."""
+        raise NotImplementedError
+
+    def block(
+        self, h: Float[Array, "R Q D"], slots: PyTree, kept: PyTree, view: View, its: Pass
+    ) -> tuple[Float[Array, "R Q D"], PyTree]:
+        """Q new positions of every row against its cache, and the slots with what is to be known of them later.
+
+        Whoever calls may go back: slots at and after a row's length are stale until they are written again.
+        """
+        return self.whole(h, view, its, None)[0], slots
+
+    def kept(self, memory: SourceHidden | None, real: Bool[Array, "B S"] | None) -> PyTree:
+        """What decoding steps read of the encoder's states, computed once. real: False at their padding."""
+        return {}
+
+    def slots(self, rows: int, length: int, dtype: jnp.dtype) -> PyTree:
+        """Empty arrays [rows, …, length, …], the rows' axis 0 and the slots' axis 2."""
+        return {}
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: Axes) -> nnx.Param:
@@ -126,7 +155,7 @@ _NONLINEARITIES: dict[str, Callable] = {
 }
 
 
-class FeedForward(nnx.Module):
+class FeedForward(Sublayer):
     """(act(x W_gate) * (x W_up)) W_down, or act(x W_up) W_down when not gated; biases added where the spec has them.
 
     Initial std: gain D^-1/2 and gain F^-1/2. Source: Shazeer 2020.
@@ -143,6 +172,9 @@ class FeedForward(nnx.Module):
             self.down_bias = zeros((d_model,), ("embed",))
             if spec.gated:
                 self.gate_bias = zeros((spec.d_ff,), ("mlp",))
+
+    def whole(self, h: Hidden, view: View, its: Pass, key: Key[Array, ""] | None) -> tuple[Hidden, None]:
+        return self(h, its, key), None
 
     def __call__(self, x: Hidden, its: Pass, key: Key[Array, ""] | None) -> Hidden:
         def inner(h: Float[Array, "B T F"]) -> Float[Array, "B T F"]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlm.models.attention import Attend, attend
+from mlm.models.attention import attend
 from mlm.models.blockwise import attend_blockwise
 from mlm.models.config import StackConfig
 from mlm.models.kernels import (
@@ -14,6 +14,7 @@ from mlm.models.kernels import (
     splash_misfits,
     splash_misfits_here,
 )
+from mlm.models.view import Attend
 
 
 @dataclass(frozen=True)
@@ -56,4 +57,6 @@ def fitting_paths(stack: StackConfig, dtype: str, lengths: Sequence[int] = (), p
 
 def _misfits(name: str, stack: StackConfig, dtype: str, lengths: Sequence[int], prefix: bool | None) -> list[str]:
     here = [] if prefix is None else PATHS[name].misfits_here(lengths, prefix)
+    if name != "plain" and stack.seqpe():
+        here = ["position='seqpe': its biases differ from pair to pair, and only plain attention holds them", *here]
     return PATHS[name].misfits(stack, dtype) + here

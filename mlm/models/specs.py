@@ -1,11 +1,12 @@
 """The parts of a layer as frozen data that refuses nonsense when built; `config.py` puts them together."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mlm.registry import nearest
 
 ACTIVATIONS = ("geglu", "geglu_erf", "swiglu", "relu", "gelu", "gelu_tanh")  # the first three are gated
-POSITIONS = ("none", "t5_bucket", "alibi", "rope")
+POSITIONS = ("none", "t5_bucket", "alibi", "rope", "seqpe")
 ABSOLUTE_POSITIONS = ("none", "learned", "sinusoidal")
 SOURCES = ("self", "cross", "joint")
 QK_NORMS = ("none", "rms", "l2_scalar")
@@ -37,6 +38,50 @@ def check_above_zero(owner: object, *fields: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeqPESpec:
+    """A small transformer that reads positions as `digits` decimal digits (Li et al. 2025), one for a stack.
+
+    width, heads, layers: its own. contrast weighs the loss by which, of `candidates`, the one nearest to each of
+    `pivots` positions has the most similar vector; transfer weighs the loss by which `window` positions anywhere are as
+    similar to each other as so many of the first `trained`, the length trained on in tokens. shift: with that
+    probability the positions of a training step begin somewhere else than at 0. Losses are drawn anew in every step;
+    weights are constant, where the paper warms them up.
+    """
+
+    digits: int = 5
+    width: int = 768
+    heads: int = 12
+    layers: int = 2
+    contrast: float = 0.1
+    transfer: float = 0.1
+    trained: int = 512
+    pivots: int = 32
+    candidates: int = 32
+    window: int = 32
+    shift: float = 0.1
+
+    def __post_init__(self):
+        check_positive(self, "digits", "width", "heads", "layers", "trained", "pivots", "candidates", "window")
+        if self.width % self.heads:
+            raise ValueError(f"SeqPESpec: heads={self.heads} must divide width={self.width}")
+        for field in ("contrast", "transfer"):
+            if getattr(self, field) < 0.0:
+                raise ValueError(f"SeqPESpec.{field}={getattr(self, field)} must not be negative")
+        if not 0.0 <= self.shift < 1.0:
+            raise ValueError(f"SeqPESpec.shift={self.shift} must be in [0, 1)")
+        if self.digits > 9 or max(self.trained, self.window) > self.limit:
+            raise ValueError(
+                f"SeqPESpec: digits={self.digits} (at most 9) spell {10**self.digits} positions, which must hold "
+                f"trained={self.trained} and window={self.window}"
+            )
+
+    @property
+    def limit(self) -> int:
+        """Positions that can be spelled."""
+        return 10**self.digits
+
+
+@dataclass(frozen=True, kw_only=True)
 class PositionSpec:
     """How self-attention knows distances.
 
@@ -45,7 +90,8 @@ class PositionSpec:
     alibi: -slope x distance, slopes fixed per head. rope: queries and keys turn with their position, slowest turn
     `base`; positions are divided by `factor`, which stretches a trained context. context: the length trained on, in
     tokens; then only pairs that turn less than once in it are stretched by `factor`, those that turn 4 times or more
-    are not at all, and those between in proportion (Llama 3.1).
+    are not at all, and those between in proportion (Llama 3.1). seqpe: pairs of vectors that a small transformer, the
+    field `seqpe`, reads out of the digits of both positions; its losses go with the training loss.
     """
 
     kind: str = "t5_bucket"
@@ -55,6 +101,7 @@ class PositionSpec:
     base: float = 10_000.0
     factor: float = 1.0
     context: int | None = None
+    seqpe: SeqPESpec | None = None
 
     def __post_init__(self):
         check_choice("PositionSpec", "kind", self.kind, POSITIONS)
@@ -68,6 +115,12 @@ class PositionSpec:
             )
         if self.context is not None and self.kind != "rope":
             raise ValueError(f"PositionSpec: context={self.context} belongs to kind='rope', not {self.kind!r}")
+
+        if (self.kind == "seqpe") != (self.seqpe is not None):
+            raise ValueError(
+                f"PositionSpec: kind={self.kind!r} with seqpe={self.seqpe}: kind='seqpe', and no other, needs the "
+                "SeqPESpec of its reader"
+            )
 
     def table(self) -> str:
         """Who owns the table of biases: "stack", "layer" or "nobody"."""
@@ -165,6 +218,7 @@ class AttentionSpec:
     window: int | None = None
     position: PositionSpec = NO_POSITION
     bias: bool = False
+    taps: ClassVar[tuple[str, ...]] = ("probabilities",)
 
     def __post_init__(self):
         check_choice("AttentionSpec", "source", self.source, SOURCES)
@@ -189,6 +243,10 @@ class AttentionSpec:
     @property
     def key_heads(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}_attention"
 
     @property
     def reads_itself(self) -> bool:
@@ -322,10 +380,20 @@ class FFNSpec:
     activation: str = "geglu"
     bias: bool = False
     router: RouterSpec | None = None
+    reads_itself: ClassVar[bool] = False
+    reads_memory: ClassVar[bool] = False
 
     def __post_init__(self):
         check_choice("FFNSpec", "activation", self.activation, ACTIVATIONS)
         check_positive(self, "d_ff")
+
+    @property
+    def name(self) -> str:
+        return "moe" if self.router else "ffn"
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return ("probabilities",) if self.router else ("activations",)
 
     @property
     def gated(self) -> bool:
@@ -333,21 +401,53 @@ class FFNSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecurrentSpec:
+    """One sublayer of gated recurrent units with states of `width`: left to right in a decoder, in an encoder a second
+    set of them right to left too.
+
+    attends: each step looks at the encoder's states by additive attention first, with `alignment` hidden units (None:
+    `width`). Sources: Cho et al. 2014; Bahdanau et al. 2015.
+    """
+
+    width: int
+    attends: bool = False
+    alignment: int | None = None
+    name: ClassVar[str] = "recurrent"
+    reads_itself: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_positive(self, "width", "alignment")
+        if self.alignment and not self.attends:
+            raise ValueError(f"RecurrentSpec: alignment={self.alignment} is the width of attention; set attends=True")
+
+    @property
+    def reads_memory(self) -> bool:
+        return self.attends
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return ("probabilities",) if self.attends else ()
+
+
+# Each has a `name` for its parameters, `taps` that it hands out, and says whether it `reads_itself`, its own stack's
+# other positions, and whether it `reads_memory`, the encoder's states.
+SublayerSpec = AttentionSpec | FFNSpec | RecurrentSpec
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """Sublayers in order, each with its own norm and residual, e.g. (self, cross, ffn)."""
 
-    sublayers: tuple[AttentionSpec | FFNSpec, ...]
+    sublayers: tuple[SublayerSpec, ...]
 
     def names(self) -> tuple[str, ...]:
-        """Parameter names of the sublayers: "self_attention", "cross_attention", "ffn", "moe"; a repeat gets "_2"."""
+        """Parameter names of the sublayers: "self_attention", "cross_attention", "ffn", "moe", "recurrent"; a repeat
+        gets "_2".
+        """
         names: list[str] = []
         for spec in self.sublayers:
-            if isinstance(spec, FFNSpec):
-                base = "moe" if spec.router else "ffn"
-            else:
-                base = f"{spec.source}_attention"
-            seen = sum(n == base or n.startswith(f"{base}_") for n in names)
-            names.append(base if not seen else f"{base}_{seen + 1}")
+            seen = sum(n == spec.name or n.startswith(f"{spec.name}_") for n in names)
+            names.append(spec.name if not seen else f"{spec.name}_{seen + 1}")
         return tuple(names)
 
 

@@ -1,9 +1,8 @@
 """A stack of layers, run three ways from the same parameters: whole sequences, encoder memory, one cached block."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,207 +11,27 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mlm.models import blockwise
-from mlm.models.attention import Attention, Seen, position_table
+from mlm.models.attention import attend, position_table
 from mlm.models.config import StackConfig
-from mlm.models.experts import MixtureOfExperts
 from mlm.models.functional import Template
-from mlm.models.layers import FeedForward, Norm, Pass, dropout, parameter, unit_rows
-from mlm.models.paths import PATHS, Path, path_of
+from mlm.models.layer import STATES, Layer, Notes
+from mlm.models.layers import Norm, Pass, dropout, parameter, unit_rows
+from mlm.models.paths import path_of
 from mlm.models.positions import segment_positions, sinusoids
-from mlm.models.routing import Routed, rebalanced
-from mlm.models.sight import Drawn, Sight
-from mlm.models.specs import AttentionSpec, FFNSpec, LayerSpec
+from mlm.models.routing import rebalanced
+from mlm.models.seqpe import PositionReader, Reading, bias
+from mlm.models.sight import Sight
+from mlm.models.specs import FFNSpec, LayerSpec
+from mlm.models.view import View, slots_of
 from mlm.types import Hidden, Params, Placement, PyTree, Segments, SourceHidden, SourceSegments
 
-_MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
-_STATES = ("batch", "length", "embed")  # logical axes of activations between sublayers
+_MATRICES = ("query", "key", "value", "out", "gate", "up", "down", "reset", "update", "candidate")
 _POLICIES, _ATTENDED = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names(blockwise.SAVED)
 _SAVED = {
     "minimal": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _ATTENDED),
     "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _ATTENDED),
     "full": _POLICIES.nothing_saveable,
 }
-
-
-@dataclass(frozen=True)
-class View:
-    """What every layer of one pass looks at, and from where: whole sequences, or a cached block of Q positions.
-
-    own: how the stack's states see each other, but for what a kind of attention adds. positions: places inside the
-    example. memory_sight: how they see the encoder's.
-    """
-
-    own: Sight
-    positions: Int[Array, "_ T"]
-    memory: SourceHidden | None = None
-    memory_sight: Sight | None = None
-
-
-class Notes(NamedTuple):
-    """What a layer, or by depth a stack, says beside its states: its mixtures' records, and what was asked for."""
-
-    routed: list[Routed]
-    taps: dict[str, Array]
-
-
-class Layer(nnx.Module):
-    """Sublayers in order, each with its norm and residual."""
-
-    def __init__(self, d_model: int, memory_width: int, config: StackConfig, spec: LayerSpec, rngs: nnx.Rngs):
-        self.names = spec.names()
-        self.residual = config.residual
-        for name, sublayer in zip(self.names, spec.sublayers, strict=True):
-            body: Attention | FeedForward | MixtureOfExperts
-            if isinstance(sublayer, AttentionSpec):
-                body = Attention(d_model, memory_width, sublayer, config.norm, config.residual.gain, rngs)
-            else:
-                kind = MixtureOfExperts if sublayer.router else FeedForward
-                body = kind(d_model, sublayer, config.residual.gain, rngs)
-            body.norm = Norm(d_model, config.norm)
-            if config.residual.order == "sandwich":
-                body.post_norm = Norm(d_model, config.norm)
-            setattr(self, name, body)
-
-    def forward(
-        self,
-        x: Hidden,
-        view: View,
-        looks: "Looks",
-        its: Pass,
-        key: Key[Array, ""] | None,
-        steering: Float[Array, "n _ _ E"] | None = None,
-    ) -> tuple[Hidden, Notes]:
-        """All positions of a sequence at once. steering: added to the router logits of this layer's n mixtures."""
-        notes = Notes([], {})
-        for name in self.names:
-            body = getattr(self, name)
-            own = _tapped(its, name, notes.taps)
-            inner = outer = None
-            if key is not None:
-                key, inner, outer = jax.random.split(key, 3)
-
-            def run(h, body=body, inner=inner, own=own):
-                if isinstance(body, FeedForward):
-                    return body(h, own, inner)
-                if isinstance(body, MixtureOfExperts):
-                    steer = None if steering is None else steering[len(notes.routed)]
-                    y, routed = body(h, own, inner, steer)
-                    notes.routed.append(routed)
-                    return y
-                seen = []
-                if body.spec.reads_itself:
-                    k, v = body.keys_values(h, view.positions)
-                    seen.append(Seen(k, v, looks(body)))
-                if body.spec.reads_memory:
-                    k, v = body.keys_values(view.memory)
-                    seen.append(Seen(k, v, looks.memory()))
-                return body.attended(body.queries(h, view.positions), seen, its.rate, inner, looks.attend)
-
-            x = self._around(x, body, run, partial(dropout, rate=its.rate, key=outer), its)
-            x = its.placement.constrain(x, _STATES)
-        if "hidden" in its.taps:
-            notes.taps["hidden"] = x
-        return x, notes
-
-    def step(
-        self, x: Float[Array, "R Q D"], cache: PyTree, view: View, looks: "Looks", its: Pass
-    ) -> tuple[Float[Array, "R Q D"], PyTree]:
-        """A block of Q new positions per row against the cache; returns the own keys and values with it written."""
-        written: dict[str, PyTree] = {}
-        for name in self.names:
-            body = getattr(self, name)
-
-            def run(h, body=body, name=name):
-                if isinstance(body, FeedForward):
-                    return body(h, its, None)
-                if isinstance(body, MixtureOfExperts):
-                    return body(h, its, None)[0]
-                seen = []
-                if body.spec.reads_itself:
-                    k, v = body.keys_values(h, view.positions)
-                    own = cache["self"][name]
-                    start = view.positions[:, 0]
-                    written[name] = {"key": _write(own["key"], k, start), "value": _write(own["value"], v, start)}
-                    seen.append(Seen(written[name]["key"], written[name]["value"], looks(body)))
-                if body.spec.reads_memory:
-                    cross = cache["cross"][name]
-                    seen.append(Seen(cross["key"], cross["value"], looks.memory()))
-                return body.attended(body.queries(h, view.positions), seen, 0.0, None, looks.attend)
-
-            x = self._around(x, body, run, lambda y: y, its)
-        return x, written
-
-    def _around(
-        self, x: Hidden, body: Any, run: Callable[[Hidden], Hidden], drop: Callable[[Hidden], Hidden], its: Pass
-    ) -> Hidden:
-        order, alpha, to = self.residual.order, self.residual.alpha, its.target_languages
-        if order == "post":
-            return body.norm(alpha * x + drop(run(x)), to)
-        y = run(body.norm(x, to))
-        return x + drop(body.post_norm(y, to) if order == "sandwich" else y)
-
-
-def _tapped(its: Pass, sublayer: str, taken: dict[str, Array]) -> Pass:
-    """The pass as one sublayer sees it, which taps by short names."""
-
-    def tap(name: str, value: Array) -> None:
-        if f"{sublayer}/{name}" in its.taps:
-            taken[f"{sublayer}/{name}"] = value
-
-    return replace(its, tap=tap)
-
-
-class Looks:
-    """Who sees what in one pass, for every kind of attention that the stack holds, and the path that attends by it.
-
-    Where the path reads arrays they are drawn here, once and outside of the loop over layers; only a layer's own table
-    has to wait for its layer.
-    """
-
-    def __init__(self, view: View, specs: list[AttentionSpec], table: Float[Array, "H buckets"] | None, path: Path):
-        self.attend, self._draws = path.attend, path.draws
-        self._view, self._table = view, table
-        self._masks, self._biases = {}, {}
-        self._memory: Sight | Drawn | None = view.memory_sight
-        if not self._draws:
-            return
-        if self._memory is not None:
-            self._memory = self._memory.drawn()
-        for spec in specs:
-            if not spec.reads_itself:
-                continue
-            if spec.window not in self._masks:
-                self._masks[spec.window] = self._sight(spec, table).mask()
-            if spec.position.table() != "layer" and (spec.position, spec.heads) not in self._biases:
-                self._biases[spec.position, spec.heads] = self._sight(spec, table).bias()
-
-    def __call__(self, body: Attention) -> Sight | Drawn:
-        """How this attention's queries see the keys of their own stack."""
-        spec = body.spec
-        owner = spec.position.table() == "layer"
-        sight = self._sight(spec, body.position[...] if owner else self._table)
-        if not self._draws:
-            return sight
-        return Drawn(self._masks[spec.window], sight.bias() if owner else self._biases[spec.position, spec.heads])
-
-    def memory(self) -> Sight | Drawn:
-        """How the queries see the keys of the encoder."""
-        assert self._memory is not None
-        return self._memory
-
-    def _sight(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None) -> Sight:
-        return replace(self._view.own, window=spec.window, position=spec.position, heads=spec.heads, table=table)
-
-
-def _write(slots: Float[Array, "R G M K"], block: Float[Array, "R G Q K"], start: Int[Array, "R"]) -> Array:
-    """Rows of `block` stored at slots start[r], start[r] + 1, …"""
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))(slots, block, start)
-
-
-def _slots_of(flags: Bool[Array, "R Q"], start: Int[Array, "R"], slots: int) -> Bool[Array, "R M"]:
-    """Which slots of a cache hold the flagged positions of a block that is stored from `start` on."""
-    none = jnp.zeros(slots, bool)
-    return jax.vmap(lambda row, at: jax.lax.dynamic_update_slice(none, row, (at,)))(flags, start)
 
 
 class Group(nnx.Module):
@@ -228,12 +47,16 @@ class Group(nnx.Module):
 
 
 class Frame(nnx.Module):
-    """What a stack owns once: a shared relative-position table, what is added to tokens, norms before and after."""
+    """What a stack owns once: a shared relative-position table or a reader of positions, what is added to tokens, norms
+    before and after.
+    """
 
     def __init__(self, d_model: int, config: StackConfig, rngs: nnx.Rngs):
         shared, embedding = config.shared_table(), config.embedding
         if shared:
             self.position = position_table(shared.heads, shared, rngs)
+        if seqpe := config.seqpe():
+            self.seqpe = PositionReader(seqpe, rngs)
         if embedding.positions == "learned":
             length = (embedding.length or 0) + embedding.offset
             self.absolute = parameter(rngs, (length, d_model), 0.02, ("positions", "embed"))
@@ -312,18 +135,23 @@ class Stack:
         config, frame = self.config, self._bind_frame(params)
         length = rows.shape[1]
         own = Sight(shape=(length, length), causal=config.causal, segments=(segments, segments))
+        lengths = {length, length if memory is None else memory.shape[1]}
+        path = path_of(config, str(rows.dtype), sorted(lengths), prefix is not None)
+        positions = segment_positions(segments)
+        reading = self._read(frame, length, its.rate, key)
         view = View(
             own=own if prefix is None else replace(own, prefix=(prefix, prefix)),
-            positions=segment_positions(segments),
+            positions=positions,
             memory=memory,
             memory_sight=None
             if memory_segments is None
             else Sight(shape=(length, memory_segments.shape[1]), segments=(segments, memory_segments)),
+            specs=config.attentions(),
+            table=frame.position[...] if config.shared_table() else None,
+            attend=path.attend,
+            draws=path.draws,
+            spelled=None if reading is None else bias(reading.query[positions], reading.key[positions]),
         )
-        table = frame.position[...] if config.shared_table() else None
-        lengths = {length, length if memory is None else memory.shape[1]}
-        path = path_of(config, str(rows.dtype), sorted(lengths), prefix is not None)
-        looks = Looks(view, config.attentions(), table, path)
         keys = None if key is None else jax.random.split(key, config.repeats + 2)
         per_group = len(config.routers())
 
@@ -334,7 +162,7 @@ class Stack:
             for index, layer in enumerate(layers):
                 layer_key = None if key is None else jax.random.fold_in(key, index)
                 steer = None if steering is None else steering[sum(len(n.routed) for n in notes) :]
-                x, said = layer.forward(x, view, looks, its, layer_key, steer)
+                x, said = layer.forward(x, view, its, layer_key, steer)
                 notes.append(said)
             return x, notes
 
@@ -349,7 +177,7 @@ class Stack:
             run_group = jax.checkpoint(run_group, policy=_SAVED[config.remat], prevent_cse=not config.scan)
             run_rest = jax.checkpoint(run_rest, policy=_SAVED[config.remat])
         x = self.enter(params, rows, view.positions, its)
-        x = its.placement.constrain(dropout(x, its.rate, None if keys is None else keys[0]), _STATES)
+        x = its.placement.constrain(dropout(x, its.rate, None if keys is None else keys[0]), STATES)
         in_groups = config.repeats * per_group
         steers = rest_steers = None
         if steering is not None:
@@ -369,6 +197,31 @@ class Stack:
             x, rest_notes = run_rest(x, (params["rest"], rest_steers))
         x = frame.final_norm(x, its.target_languages) if config.final_norm else x
         return dropout(x, its.rate, None if keys is None else keys[1]), _by_depth(notes, rest_notes)
+
+    def read_positions(self, params: Params, length: int) -> Reading | None:
+        """What queries and keys at the first `length` positions add to the logits; None if nobody reads positions.
+
+        Raises ValueError for more positions than the digits spell.
+        """
+        return self._read(self._bind_frame(params), length, 0.0, None)
+
+    def position_loss(self, params: Params, key: Key[Array, ""]) -> Float[Array, ""]:
+        """The losses of the reader of positions by their weights, in nats."""
+        return self._bind_frame(params).seqpe.loss(key)
+
+    def _read(self, frame: Any, length: int, rate: float, key: Key[Array, ""] | None) -> Reading | None:
+        own = self.config.seqpe()
+        spec = own.position.seqpe if own else None
+        if spec is None:
+            return None
+        if length > spec.limit:
+            raise ValueError(f"{length} positions do not fit digits={spec.digits}, which spell {spec.limit}; raise it")
+        first: int | Array = 0
+        if key is not None:
+            key, moves, place = jax.random.split(jax.random.fold_in(key, 1), 3)
+            anywhere = jax.random.randint(place, (), 0, spec.limit - length + 1)
+            first = jnp.where(jax.random.bernoulli(moves, spec.shift), anywhere, 0)
+        return frame.seqpe.reading(first + jnp.arange(length), rate, key)
 
     def rebalanced(self, params: Params, load: Float[Array, "n E"]) -> Params:
         """The parameters after loss-free balancing: router biases of the n mixtures moved by their load."""
@@ -394,30 +247,17 @@ class Stack:
         return {**params, "layers": groups}
 
     def init_cache(
-        self, params: Params, memory: SourceHidden | None, rows: int, length: int, dtype: jnp.dtype
+        self,
+        params: Params,
+        memory: SourceHidden | None,
+        real: Bool[Array, "B S"] | None,
+        rows: int,
+        length: int,
+        dtype: jnp.dtype,
     ) -> tuple[PyTree, PyTree]:
-        """(memory keys and values per layer, empty self slots per layer): see `Transformer.init_cache`."""
-        cross, own = [], []
-        for layer in self.layer_list(params):
-            attentions = {n: getattr(layer, n) for n in layer.names if isinstance(getattr(layer, n), Attention)}
-            cross.append(
-                {
-                    n: dict(zip(("key", "value"), a.keys_values(memory), strict=True))
-                    for n, a in attentions.items()
-                    if a.spec.reads_memory
-                }
-            )
-            own.append(
-                {
-                    n: {
-                        kind: jnp.zeros((rows, a.spec.key_heads, length, a.spec.head_dim), dtype)
-                        for kind in ("key", "value")
-                    }
-                    for n, a in attentions.items()
-                    if a.spec.reads_itself
-                }
-            )
-        return tuple(cross), tuple(own)
+        """(what is kept of the encoder's states per layer, empty slots per layer): see `Transformer.init_cache`."""
+        both = [layer.init_cache(memory, real, rows, length, dtype) for layer in self.layer_list(params)]
+        return tuple(kept for kept, _ in both), tuple(own for _, own in both)
 
     def step(
         self,
@@ -437,26 +277,29 @@ class Stack:
         at = start[:, None] + jnp.arange(block)
         own = Sight(shape=(block, slots), start=start, causal=config.causal)
         if prefix is not None:
-            own = replace(own, prefix=(prefix, _slots_of(prefix, start, slots)))
+            own = replace(own, prefix=(prefix, slots_of(prefix, start, slots)))
         source = cache.get("source_mask")
         view = View(
             own=own,
             positions=at,
+            memory=None,
             memory_sight=None
             if source is None
             else Sight(
                 shape=(block, source.shape[1]),
                 segments=(jnp.ones((1, block), jnp.int32), source.astype(jnp.int32)),
             ),
+            specs=config.attentions(),
+            table=frame.position[...] if config.shared_table() else None,
+            attend=attend,  # a block against its cache is small: what plain attention makes of it is Q x M
+            draws=True,
+            spelled=bias(cache["positions"].query[at], cache["positions"].key) if config.seqpe() else None,
         )
-        table = frame.position[...] if config.shared_table() else None
-        # A block against its cache is small: what plain attention makes of it is Q x M.
-        looks = Looks(view, config.attentions(), table, PATHS["plain"])
         to = cache["languages"][:, None] if "languages" in cache else None
         its = Pass(real=jnp.ones(rows.shape[:2], bool), placement=placement, cached=True, target_languages=to)
         x, written = self.enter(params, rows, at, its), []
         for layer, own, cross in zip(self.layer_list(params), cache["self"], cache["cross"], strict=True):
-            x, updated = layer.step(x, {"self": own, "cross": cross}, view, looks, its)
+            x, updated = layer.step(x, {"self": own, "cross": cross}, view, its)
             written.append(updated)
         return frame.final_norm(x, to) if config.final_norm else x, tuple(written)
 

@@ -17,7 +17,7 @@ from mlm.models.language import Bridge, Offsets, languages_of_sources
 from mlm.models.layers import Norm, Pass, cap, parameter, product, unit_rows, zeros
 from mlm.models.paths import path_of
 from mlm.models.routing import Routed
-from mlm.models.specs import EmbeddingSpec, FFNSpec, NormSpec
+from mlm.models.specs import EmbeddingSpec, NormSpec
 from mlm.models.stack import Stack
 from mlm.registry import nearest
 from mlm.types import (
@@ -42,12 +42,14 @@ class Output(NamedTuple):
     the encoder's, if any, before the bridge.
 
     routed: of each stack with mixtures of experts, their records [n, …] by depth. taps: what was asked for, by name.
+    positions: in training, the losses of the readers of positions of each stack that has one, in nats.
     """
 
     hidden: Hidden
     encoded: SourceHidden | None
     routed: dict[str, Routed]
     taps: dict[str, Array]
+    positions: dict[str, Float[Array, ""]]
 
 
 class Prediction(NamedTuple):
@@ -212,7 +214,16 @@ class Transformer:
         hidden = encoded
         if "decoder" in self._stacks:
             hidden = run("decoder", self._bridged(params, encoded, to.get("encoder")), target)
-        return Output(self._offset(params, hidden, next(reversed(to.values()), None)), encoded, routed, taken)
+        hidden = self._offset(params, hidden, next(reversed(to.values()), None))
+        return Output(hidden, encoded, routed, taken, self._position_losses(params, key))
+
+    def _position_losses(self, params: Params, key: Key[Array, ""] | None) -> dict[str, Float[Array, ""]]:
+        losses = {}
+        for number, (name, config) in enumerate(self.config.stacks().items()):
+            if config.seqpe() and key is not None:
+                own = jax.random.fold_in(jax.random.fold_in(key, 2), number)
+                losses[name] = self._stacks[name].position_loss(params[name], own)
+        return losses
 
     def encode(
         self,
@@ -238,15 +249,16 @@ class Transformer:
 
     def tap_names(self) -> tuple[str, ...]:
         """What `taps` can ask for: "encoder/hidden" (states after every layer), "decoder/ffn/activations",
-        "encoder/moe/probabilities" and the like.
+        "encoder/moe/probabilities", and the weights of attention, "decoder/cross_attention/probabilities" and the like:
+        [layers, B, H, T, M] in float32, keys of joint attention the stack's own first. Attention that is asked for them
+        takes the plain path, whatever the stack's.
         """
         names = []
         for stack, config in self.config.stacks().items():
             names.append(f"{stack}/hidden")
             for layer in config.group:
                 for name, spec in zip(layer.names(), layer.sublayers, strict=True):
-                    if isinstance(spec, FFNSpec):
-                        names.append(f"{stack}/{name}/{'probabilities' if spec.router else 'activations'}")
+                    names.extend(f"{stack}/{name}/{tap}" for tap in spec.taps)
         return tuple(dict.fromkeys(names))
 
     def _check_taps(self, taps: Collection[str]) -> None:
@@ -318,7 +330,8 @@ class Transformer:
 
         {"length": [R] slots in use, "self": per layer, name, key|value [R, H, length, K],
          "cross": per layer the source's keys and values, computed once and kept at B rows, "source_mask": [B, S]};
-        in a language-aware model also "languages" [R], the target languages.
+        in a language-aware model also "languages" [R], the target languages; where positions are read as digits,
+        "positions", what all slots' are to queries and keys.
         encoded and source_mask are None for a decoder alone, and languages has then one for each of the rows.
         A permutation of beams gathers axis 0 of "length" and of every leaf of "self"; the rest is shared.
         """
@@ -326,8 +339,12 @@ class Transformer:
             raise ValueError(f"rows={rows} must be a multiple of the {encoded.shape[0]} sources: rows = batch x beams")
         to = self._checked(languages)
         memory = encoded if encoded is None else self._bridged(params, encoded, to)
-        cross, own = self._stacks["decoder"].init_cache(params["decoder"], memory, rows, length, self._dtype)
+        cross, own = self._stacks["decoder"].init_cache(
+            params["decoder"], memory, source_mask, rows, length, self._dtype
+        )
         cache = {"length": jnp.zeros(rows, jnp.int32), "self": own, "cross": cross, "source_mask": source_mask}
+        if (reading := self._stacks["decoder"].read_positions(params["decoder"], length)) is not None:
+            cache["positions"] = reading
         return cache if to is None else {**cache, "languages": jnp.repeat(to[:, 0], rows // to.shape[0])}
 
     def step(

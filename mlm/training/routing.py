@@ -1,8 +1,9 @@
-"""What mixtures of experts add to a step: their losses, their metrics, and the balance of their biases."""
+"""What mixtures of experts and readers of positions add to a step: their losses, metrics, the balance of biases."""
 
 from collections.abc import Mapping
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mlm.models.routing import Routed
 from mlm.models.transformer import Transformer
@@ -34,6 +35,15 @@ def with_routing(loss: Loss, routed: Mapping[str, Routed], batch: Batch) -> Loss
             f"{ROUTING}{stack}/{EXPERTS_BY_LANGUAGE}": (r.languages, r.languages),
         }
     return Loss(loss.sum + total, loss.weight, metrics)
+
+
+def with_positions(loss: Loss, losses: Mapping[str, Float[Array, ""]], batch: Batch) -> Loss:
+    """The loss with those of the readers of positions, which every target token counts once, as `with_routing` does
+    the routers'. Metric: position_loss in nats per target token.
+    """
+    weight = jnp.sum(batch["decoder_loss_weights"].astype(jnp.float32))
+    total = sum(losses.values()) * weight
+    return Loss(loss.sum + total, loss.weight, dict(loss.metrics, position_loss=(total, weight)))
 
 
 def rebalanced(model: Transformer, params: Params, metrics: Metrics) -> Params:

@@ -16,7 +16,7 @@ from mlm.objectives.candidates import narrowed
 from mlm.parallel import MeshPlacement, check_sizes, shardings
 from mlm.registry import nearest
 from mlm.training.optimizers import state_axes
-from mlm.training.routing import rebalanced, with_routing
+from mlm.training.routing import rebalanced, with_positions, with_routing
 from mlm.training.state import TrainState, init_state
 from mlm.training.step import evaluation_step, train_step
 from mlm.types import Batch, Params, PyTree
@@ -154,6 +154,7 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
             chunk=config.loss_chunk,
             mesh=mesh,
         )
-        return with_routing(loss, output.routed, batch) if output.routed else loss
+        loss = with_routing(loss, output.routed, batch) if output.routed else loss
+        return with_positions(loss, output.positions, batch) if output.positions else loss
 
     return loss_of

@@ -9,7 +9,7 @@ import pytest
 
 from mlm.adaptation.experts import keep_most_used, merge, prune, upcycle
 from mlm.models.depth import join_layers, split_layers
-from mlm.models.presets import fairseq_style, gemma_3, sparse, t5_style
+from mlm.models.families import fairseq_style, gemma_3, sparse, t5_style
 from mlm.models.specs import RouterSpec
 from mlm.models.transformer import Transformer
 from tests.models.rows import batch_of, logits_of

@@ -99,7 +99,7 @@ def test_a_mixture_is_the_sum_of_its_tasks(session):
 def aware(session):
     """The run's session with a model that keeps something for every language of the table."""
     from mlm.data.languages import LANGUAGES
-    from mlm.models.presets import language_aware
+    from mlm.models.families import language_aware
     from mlm.models.transformer import Transformer
     from mlm.session import Session
 

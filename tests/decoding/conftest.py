@@ -8,7 +8,7 @@ import pytest
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.decoding.state import Decoded
-from mlm.models.presets import t5_style
+from mlm.models.families import t5_style
 from mlm.models.transformer import Transformer
 
 VOCAB, LENGTH = 12, 10

@@ -7,7 +7,7 @@ import pytest
 
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
-from mlm.models.presets import llama_style
+from mlm.models.families import llama_style
 from mlm.models.specs import PositionSpec
 from mlm.models.transformer import Transformer
 

@@ -11,7 +11,7 @@ from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.decoding.proposers import InputCopy
 from mlm.decoding.state import State
-from mlm.models.presets import sparse, t5_style
+from mlm.models.families import sparse, t5_style
 from mlm.models.specs import RouterSpec
 from mlm.models.transformer import Transformer
 from tests.decoding.conftest import LENGTH, VOCAB, Tiny

@@ -17,7 +17,7 @@ from mlm.evaluation.language_loss import (
     unigram_log_probs,
 )
 from mlm.evaluation.results import combine, language_table, numbers, totals
-from mlm.models.presets import t5_style
+from mlm.models.families import t5_style
 from mlm.models.transformer import Transformer
 
 VOCAB, LANGUAGES = 12, 4

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from mlm.checkpoints.streaming import StoredParams
 from mlm.interop import huggingface
-from mlm.models.presets import t5_style
+from mlm.models.families import t5_style
 
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 config = t5_style(vocab_size={rows}, d_model={width}, d_ff=16384, heads=2, head_dim=8, layers=({layers}, {layers}))
@@ -50,7 +50,7 @@ import jax, numpy as np
 from mlm.checkpoints import Checkpointer
 from mlm.interop import huggingface
 from mlm.interop.files import write_tensors
-from mlm.models.presets import t5_style
+from mlm.models.families import t5_style
 from mlm.models.transformer import Transformer
 import json
 

@@ -6,7 +6,8 @@ import pytest
 
 from mlm import trees
 from mlm.models.config import HeadSpec, StackConfig, from_json, to_json
-from mlm.models.presets import PRESETS, preset, sparse, t5_style
+from mlm.models.families import sparse, t5_style
+from mlm.models.presets import PRESETS, preset
 from mlm.models.specs import (
     AttentionSpec,
     EmbeddingSpec,
@@ -154,7 +155,7 @@ ROPE = PositionSpec(kind="rope")
         ),
         (
             lambda: StackConfig(group=(LayerSpec(sublayers=(CROSS,)),), repeats=1, causal=True),
-            r"holds self-attention, so tokens never meet",
+            r"holds self-attention or recurrence, so tokens never meet",
         ),
         (lambda: HeadSpec(kind="lin"), r"HeadSpec.kind='lin' is not one of .*did you mean 'linear'"),
         (lambda: HeadSpec(softcap=0.0), r"HeadSpec.softcap=0.0 must be above 0"),
@@ -226,6 +227,16 @@ def test_a_dense_preset_becomes_sparse_by_a_router():
     assert not chosen.decoder.routers()
     with pytest.raises(ValueError, match="6 different layers is not made sparse"):
         preset("gemma_3_270m", router=RouterSpec(experts=4))
+
+
+def test_a_preset_knows_distances_in_another_way():
+    """Self- and joint attention do; cross-attention knows none, and a table that nobody reads goes."""
+    alibi = PositionSpec(kind="alibi")
+    config = preset("tiny", position=alibi)
+    kinds = [spec.position.kind for stack in config.stacks().values() for spec in stack.attentions()]
+    assert kinds == ["alibi", "alibi", "none"]
+    assert "position" not in Transformer(config).shapes()["encoder"]
+    assert preset("t5gemma2_270m", position=alibi).decoder.attentions()[0].position == alibi
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlm.models.config import HeadSpec
+from mlm.models.families import t5_style, t5gemma
 from mlm.models.layers import Pass
-from mlm.models.presets import t5_style, t5gemma
 from mlm.models.specs import EmbeddingSpec, ResidualSpec
 from mlm.models.transformer import Transformer
 from tests.models import rows

@@ -11,8 +11,8 @@ import pytest
 from mlm.evaluation.language_loss import TokenLosses
 from mlm.models.codes import codes_of, floor
 from mlm.models.config import HeadSpec
+from mlm.models.families import t5_style
 from mlm.models.flops import training_flops
-from mlm.models.presets import t5_style
 from mlm.models.specs import EmbeddingSpec
 from mlm.models.transformer import Transformer
 from mlm.objectives import token_cross_entropy

@@ -12,10 +12,11 @@ from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.decoding.scoring import Scorer
 from mlm.models.config import HeadSpec, to_json
+from mlm.models.families import fairseq_style, language_aware, t5_style
 from mlm.models.flops import idle_parameters
 from mlm.models.language import Bridge, languages_of_sources
 from mlm.models.layers import Norm
-from mlm.models.presets import fairseq_style, language_aware, preset, t5_style
+from mlm.models.presets import preset
 from mlm.models.specs import NormSpec
 from mlm.models.transformer import Transformer
 from mlm.types import ONE_DEVICE

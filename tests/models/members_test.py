@@ -9,20 +9,31 @@ import numpy as np
 import pytest
 
 from mlm.models import blockwise
-from mlm.models.config import HeadSpec, StackConfig
-from mlm.models.positions import rotate
-from mlm.models.presets import (
+from mlm.models.config import HeadSpec, ModelConfig, StackConfig
+from mlm.models.families import (
     bert_style,
     fairseq_style,
     gemma_3,
     glm_style,
     language_aware,
     llama_style,
+    rnnsearch,
     sparse,
     t5_style,
     t5gemma,
 )
-from mlm.models.specs import AttentionSpec, EmbeddingSpec, FFNSpec, LayerSpec, PositionSpec, RouterSpec, deep_norm
+from mlm.models.positions import rotate
+from mlm.models.specs import (
+    AttentionSpec,
+    EmbeddingSpec,
+    FFNSpec,
+    LayerSpec,
+    PositionSpec,
+    RecurrentSpec,
+    RouterSpec,
+    SeqPESpec,
+    deep_norm,
+)
 from mlm.models.transformer import Transformer
 from mlm.objectives import head_cross_entropy, token_cross_entropy
 from tests.models import rows
@@ -99,6 +110,27 @@ def moe_kit():
     return sparse(plain, router, every=1, extra=True)
 
 
+def seqpe():
+    """Positions read as two digits by a transformer of one layer, in both stacks."""
+    reader = SeqPESpec(digits=2, width=32, heads=2, layers=1, trained=32)
+    own = AttentionSpec(source="self", heads=3, head_dim=4, position=PositionSpec(kind="seqpe", seqpe=reader))
+    plain = T5()
+    stacks = {
+        name: dataclasses.replace(stack, group=(LayerSpec(sublayers=(own, *stack.group[0].sublayers[1:])),))
+        for name, stack in plain.stacks().items()
+    }
+    return dataclasses.replace(plain, **stacks)
+
+
+def hybrid():
+    """Recurrence and attention in turn, in a decoder alone: three layers, the last of half a group."""
+    own = AttentionSpec(source="self", heads=3, head_dim=4, window=3)
+    recurrent, ffn = RecurrentSpec(width=6), FFNSpec(d_ff=10)
+    layers = tuple(LayerSpec(sublayers=(mixer, ffn)) for mixer in (recurrent, own))
+    decoder = StackConfig(group=layers, repeats=1, rest=1, causal=True)
+    return ModelConfig(vocab_size=V, d_model=12, encoder=None, decoder=decoder)
+
+
 WIDER = {"d_model": 20, "d_ff": 14, "heads": 6, "kv_heads": 3, "head_dim": 6, "layers": 4}
 FAIRSEQ = partial(fairseq_style, d_model=32, d_ff=10, heads=4, layers=2)
 BERT = partial(bert_style, d_model=12, d_ff=10, heads=3, layers=2, vocab_size=V, length=S)
@@ -123,6 +155,9 @@ MEMBERS = {
     "deep": deep,
     "languages": languages,
     "languages_alone": lambda: language_aware(BERT(), languages=3, norms=True, offsets=("language",)),
+    "rnnsearch": partial(rnnsearch, d_model=12, width=10, alignment=8, layers=2, vocab_size=V),
+    "hybrid": hybrid,
+    "seqpe": seqpe,
     "moe": moe,
     "moe_kit": moe_kit,
 }
@@ -289,10 +324,11 @@ def test_cached_blocks_equal_the_whole(speaker, blocks):
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-4)
 
 
-def test_blockwise_attention_equals_plain_in_value_and_gradient(member, monkeypatch):
-    """Two examples and padding in a row of three blocks; a decoder alone also has a prefix."""
+@pytest.mark.parametrize("name", sorted(MEMBERS.keys() - {"seqpe"}))
+def test_blockwise_attention_equals_plain_in_value_and_gradient(name, monkeypatch):
+    """Two examples and padding in a row of three blocks; a decoder alone also has a prefix, if it can read one."""
     monkeypatch.setattr(blockwise, "BLOCK", 8)
-    model, params = member
+    model, params = made(name)
     segments = jnp.array([[1] * 9 + [2] * 8 + [0] * 3, [1] * 20])
     tokens = jax.random.randint(jax.random.key(2), segments.shape, 3, V)
     batch = {
@@ -300,7 +336,9 @@ def test_blockwise_attention_equals_plain_in_value_and_gradient(member, monkeypa
         for side in ("encoder", "decoder")
         for name, x in (("input_tokens", tokens), ("segment_ids", segments), ("language_ids", segments))
     }
-    if not model.config.encoder:
+    if not model.config.encoder and all(
+        isinstance(s, AttentionSpec | FFNSpec) for s in model.config.decoder.sublayers()
+    ):
         batch["decoder_causal_attention"] = jnp.array([[1] * 4 + [0] * 5 + [1] * 3 + [0] * 8, [1] * 11 + [0] * 9])
     stacks = {n: dataclasses.replace(s, attention="blockwise") for n, s in model.config.stacks().items()}
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
-from mlm.models.presets import sparse, t5_style
+from mlm.models.families import sparse, t5_style
 from mlm.models.quantisation import Quantised, packed, quantised, unpacked
 from mlm.models.specs import RouterSpec
 from mlm.models.transformer import Transformer

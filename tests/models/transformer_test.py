@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mlm.models.config import HeadSpec
+from mlm.models.families import t5_style
 from mlm.models.positions import relative_bucket
-from mlm.models.presets import preset, t5_style
+from mlm.models.presets import preset
 from mlm.models.transformer import Transformer
 from tests.models import rows
 from tests.models.rows import logits_of

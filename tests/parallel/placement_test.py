@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models.presets import sparse, t5_style
+from mlm.models.families import sparse, t5_style
 from mlm.models.specs import RouterSpec
 from mlm.models.transformer import Transformer
 from mlm.parallel import MeshConfig, MeshPlacement, make_mesh, shardings

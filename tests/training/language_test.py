@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mlm.models.presets import language_aware
+from mlm.models.families import language_aware
 from mlm.parallel import MeshConfig, make_mesh
 from mlm.training.trainer import TrainConfig, Trainer
 from tests.training.step_test import assert_same, one_step, sgd

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models import presets
+from mlm.models import families
 from mlm.models.specs import RouterSpec
 from mlm.parallel import MeshConfig, global_batch, make_mesh
 from mlm.training.optimizers import make_optimizer
@@ -21,7 +21,7 @@ E, D = 8, MODEL.d_model
 
 def sparse(router, **change):
     """The toy, one layer a stack, with mixtures in place of its feed-forward networks."""
-    config = presets.sparse(MODEL, router, every=1)
+    config = families.sparse(MODEL, router, every=1)
     stacks = {name: dataclasses.replace(own, repeats=1, **change) for name, own in config.stacks().items()}
     return dataclasses.replace(config, **stacks)
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mlm.models.presets import t5_style
+from mlm.models.families import t5_style
 from mlm.models.transformer import Transformer
 from mlm.parallel import MeshConfig, global_batch, make_mesh
 from mlm.training.optimizers import OPTIMIZERS, make_optimizer

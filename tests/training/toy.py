@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from mlm.models.presets import t5_style
+from mlm.models.families import t5_style
 
 MODEL = t5_style(vocab_size=64, d_model=16, d_ff=16, heads=4, head_dim=4, layers=(2, 2))
 LANGUAGES = 5

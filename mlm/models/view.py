@@ -1,0 +1,85 @@
+"""What the layers of one pass look at and from where, and the slots of a cache that it writes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mlm.models.sight import Drawn, Sight
+from mlm.models.specs import AttentionSpec
+from mlm.types import PyTree, SourceHidden
+
+Attend = Callable[..., Float[Array, "R H T K"]]  # takes what `attention.attend` takes, and gives the same numbers
+
+
+class View:
+    """One pass over whole sequences, or over a cached block of Q positions, for every kind of sublayer of a stack.
+
+    own: how the stack's states see each other, but for what a kind of attention adds. positions: places inside the
+    example. memory: the encoder's states, of a whole pass alone. attend: the path of attention. spelled: biases of
+    positions that were read as digits.
+
+    Where the path reads arrays, `draws`, masks and biases are drawn here, once and outside of the loop over layers;
+    only a layer's own table has to wait for its layer.
+    """
+
+    def __init__(
+        self,
+        own: Sight,
+        positions: Int[Array, "_ T"],
+        memory: SourceHidden | None,
+        memory_sight: Sight | None,
+        specs: list[AttentionSpec],
+        table: Float[Array, "H buckets"] | None,
+        attend: Attend,
+        draws: bool,
+        spelled: Float[Array, "_ H T M"] | None = None,
+    ):
+        self.own, self.positions, self.memory, self.attend = own, positions, memory, attend
+        self._table, self._draws = table, draws
+        self._masks, self._biases = {}, {}
+        self._memory_sight: Sight | Drawn | None = memory_sight
+        if not draws:
+            return
+        if memory_sight is not None:
+            self._memory_sight = memory_sight.drawn()
+        for spec in specs:
+            if not spec.reads_itself:
+                continue
+            if spec.window not in self._masks:
+                self._masks[spec.window] = self._sight(spec, table).mask()
+            if spec.position.table() != "layer" and (spec.position, spec.heads) not in self._biases:
+                seqpe = spec.position.kind == "seqpe"
+                self._biases[spec.position, spec.heads] = spelled if seqpe else self._sight(spec, table).bias()
+
+    def sight(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None = None) -> Sight | Drawn:
+        """How queries see the keys of their own stack. table: the layer's own, where it has one."""
+        sight = self._sight(spec, self._table if table is None else table)
+        if not self._draws:
+            return sight
+        return Drawn(
+            self._masks[spec.window],
+            self._biases[spec.position, spec.heads] if table is None else sight.bias(),
+        )
+
+    def memory_sight(self) -> Sight | Drawn:
+        """How queries see the keys of the encoder."""
+        assert self._memory_sight is not None
+        return self._memory_sight
+
+    def written(self, slots: PyTree, block: PyTree) -> PyTree:
+        """The slots [R, G, M, K] with the block [R, G, Q, K] in those of its positions, for every array of a tree."""
+        start = self.positions[:, 0]
+        write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
+        return jax.tree.map(lambda own, new: write(own, new, start), slots, block)
+
+    def _sight(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None) -> Sight:
+        return replace(self.own, window=spec.window, position=spec.position, heads=spec.heads, table=table)
+
+
+def slots_of(flags: Bool[Array, "R Q"], start: Int[Array, "R"], slots: int) -> Bool[Array, "R M"]:
+    """Which slots of a cache hold the flagged positions of a block that is stored from `start` on."""
+    none = jnp.zeros(slots, bool)
+    return jax.vmap(lambda row, at: jax.lax.dynamic_update_slice(none, row, (at,)))(flags, start)
