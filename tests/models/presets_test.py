@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlm.models.presets import PRESETS, preset
-from mlm.models.specs import AttentionSpec, LayerSpec
+from mlm.models.specs import AttentionSpec, LayerSpec, RecurrentSpec
 from mlm.models.transformer import Transformer
 from mlm.objectives import token_cross_entropy
 from mlm.parallel import MeshConfig, MeshPlacement, batch_sharding, global_batch, make_mesh, shardings
@@ -67,6 +67,8 @@ def _sublayer(spec):
         if spec.position.kind == "rope":
             change["position"] = dataclasses.replace(spec.position, base=100.0)
         return dataclasses.replace(spec, **change)
+    if isinstance(spec, RecurrentSpec):
+        return dataclasses.replace(spec, width=F, alignment=spec.alignment and K)
     router = spec.router
     if router:
         router = dataclasses.replace(
@@ -104,18 +106,33 @@ def member(request):
 def test_a_step_is_that_of_one_device_however_it_runs(member):
     """One update on 8 devices in three layouts, each with another way to run and to rematerialise the layers.
 
-    Updates differ by rounding alone: by a share of their own size, which is up to 1.6 in the tables of Gemma's members.
+    Rounding alone may part them, and how much that is depends on the member: on one device every parameter is moved by
+    half a unit in its last place, and what that does to the update, at most, is the measure. (Gemma's members of 14 or
+    16 layers turn it into 3e-4 of the update, shallow ones into 1e-6.)
     """
     batch = rows_of([[e] for e in examples(8)], S, T)
     first = jax.device_get(jax.jit(Transformer(member).init)(jax.random.key(0)))
-    step = writer_step if member.decoder else reader_step
-    want, want_loss = step(batch, member, first, make_mesh(MeshConfig(), jax.devices()[:1]))
-    for layout, (sizes, change) in LAYOUTS.items():
-        got, loss = step(batch, with_stacks(member, **change), first, make_mesh(sizes))
+    signs = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: (x * (1 + 6e-8 * signs.choice([-1, 1], x.shape))).astype(np.float32), first)
+    step = partial(writer_step if member.decoder else reader_step, batch)
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    want, want_loss = step(member, first, one)
+    update, other = (
+        jax.tree.map(np.subtract, new, old) for new, old in ((want, first), (step(member, moved, one)[0], moved))
+    )
+    sizes = [np.linalg.norm(leaf) for leaf in jax.tree.leaves(update)]
+    rounding = max(np.array(_distances(other, update)) / np.maximum(sizes, 1e-6))
+    assert rounding < 2e-3
+    for layout, (mesh, change) in LAYOUTS.items():
+        got, loss = step(with_stacks(member, **change), first, make_mesh(mesh))
         np.testing.assert_allclose(loss, want_loss, rtol=1e-5, err_msg=layout)
-        for (name, a), b, start in zip(named_leaves(got), jax.tree.leaves(want), jax.tree.leaves(first), strict=True):
-            error, size = np.linalg.norm(a - b), np.linalg.norm(b - start)
-            assert error <= 3e-4 * size + 1e-6 * a.size**0.5, f"{layout}: {name} is off by {error} of {size}"
+        for (name, leaf), error, size in zip(named_leaves(got), _distances(got, want), sizes, strict=True):
+            allowed = 5 * rounding * size + 1e-6 * leaf.size**0.5
+            assert error <= allowed, f"{layout}: {name} is off by {error} of {size}, rounding allows {allowed}"
+
+
+def _distances(a, b):
+    return [np.linalg.norm(x - y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
 
 
 def writer_step(batch, config, params, mesh):
