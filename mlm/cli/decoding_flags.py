@@ -8,7 +8,7 @@ from typing import Any
 from mlm.cli.main import UsageError
 
 AXES = ("data", "fsdp", "expert", "tensor", "replica")
-# option of DecodeConfig -> (type, help)
+# option of DecodeConfig -> (type, help). What no flag can hold is for a session: bad_words are phrases of token ids.
 OPTIONS: dict[str, tuple[type, str]] = {
     "beams": (int, "beam: hypotheses kept (default 4)"),
     "alpha": (float, "beam: exponent of the length penalty (default 0.6)"),
@@ -17,6 +17,12 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "top_k": (int, "sample: from the k most probable tokens (default 0, off)"),
     "top_p": (float, "sample: from the most probable tokens that hold this mass (default 1, off)"),
     "min_p": (float, "sample: from tokens at least this share of the best (default 0, off)"),
+    "epsilon": (float, "sample: from tokens of at least this probability (default 0, off)"),
+    "eta": (float, "sample: the same, lower where the model is unsure (default 0, off)"),
+    "typical": (float, "sample: from the tokens of average surprise that hold this mass (default 1, off)"),
+    "mirostat": (float, "sample: from as many as keep the surprise at so many bits a token (default 0, off)"),
+    "repetition_penalty": (float, "greedy, sample: above 1 less of what is there already (default 1, off)"),
+    "no_repeat_ngram": (int, "no n-gram of this size twice (default 0, off)"),
     "seed": (int, "sample: seed (default 0)"),
     "max_length": (int, "tokens at most (default: the targets_length of the run)"),
     "min_length": (int, "no end before this token (default 0)"),

@@ -21,13 +21,14 @@ class Method(NamedTuple):
     summary: str
 
 
+_TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
 _GUESSING = ("proposer", "guesses")
 METHODS: Registry[Method] = Registry(
     "decoding method",
-    greedy=Method(lambda c: Greedy(), _GUESSING, "the most probable token at every step"),
+    greedy=Method(lambda c: Greedy(), ("repetition_penalty", *_GUESSING), "the most probable token at every step"),
     sample=Method(
         lambda c: Sample(c.n_best, c.seed),
-        ("n_best", "seed", "temperature", "top_k", "top_p", "min_p", *_GUESSING),
+        ("n_best", "seed", "repetition_penalty", "temperature", *_TRUNCATIONS, *_GUESSING),
         "draws from the model's distribution, reshaped by temperature and truncations",
     ),
     beam=Method(
@@ -36,7 +37,8 @@ METHODS: Registry[Method] = Registry(
         "beam search with the GNMT brevity penalty (Wu et al. 2016)",
     ),
 )
-_ALWAYS = ("method", "max_length", "min_length")
+# What forbids tokens and reshapes nothing means something to every method.
+ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +59,19 @@ class DecodeConfig:
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off
+    epsilon: float = 0.0  # 0: off
+    eta: float = 0.0  # 0: off
+    typical: float = 1.0  # 1: off
+    mirostat: float = 0.0  # bits of surprise a token; 0: off
+    repetition_penalty: float = 1.0  # 1: off
+    no_repeat_ngram: int = 0  # n-grams that may not occur twice; 0: off
+    bad_words: tuple[tuple[int, ...], ...] = ()  # phrases of token ids that may not be written
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
     guesses: int = 8  # tokens guessed a pass
 
     def __post_init__(self):
-        allowed = (*_ALWAYS, *METHODS[self.method].options)
+        allowed = (*ALWAYS, *METHODS[self.method].options)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in allowed and value != field.default:
@@ -80,6 +89,11 @@ class DecodeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
                 raise ValueError(f"{name}={value!r} must be {rule}")
+        if not isinstance(self.bad_words, tuple) or not all(map(_phrase, self.bad_words)):
+            raise ValueError(
+                f"bad_words={self.bad_words!r} must be a tuple of phrases, each a tuple of one token id or more, as "
+                "((17, 4), (23,))"
+            )
         if self.min_length > self.max_length:
             raise ValueError(f"min_length={self.min_length} exceeds max_length={self.max_length}")
         if self.method == "beam" and self.n_best > self.beams:
@@ -98,12 +112,16 @@ class DecodeConfig:
         """The processors that are switched on, in the order of `PROCESSORS`."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return tuple(
-            make(getattr(self, name)) for name, make in PROCESSORS.items() if getattr(self, name) != defaults[name]
+            kind.make(getattr(self, name)) for name, kind in PROCESSORS.items() if getattr(self, name) != defaults[name]
         )
 
 
 def _integer(low: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int) and value >= low
+
+
+def _phrase(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(map(_integer(0), value))
 
 
 _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
@@ -116,6 +134,12 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("top_k", "an integer of at least 0 (0: off)", _integer(0)),
     ("top_p", "in (0, 1] (1: off)", lambda v: 0 < v <= 1),
     ("min_p", "in [0, 1] (0: off)", lambda v: 0 <= v <= 1),
+    ("epsilon", "in [0, 1) (0: off)", lambda v: 0 <= v < 1),
+    ("eta", "in [0, 1) (0: off)", lambda v: 0 <= v < 1),
+    ("typical", "in (0, 1] (1: off)", lambda v: 0 < v <= 1),
+    ("mirostat", "at least 0 (0: off)", lambda v: 0 <= v < float("inf")),
+    ("repetition_penalty", "above 0 (1: off)", lambda v: 0 < v < float("inf")),
+    ("no_repeat_ngram", "an integer of at least 0 (0: off)", _integer(0)),
     ("guesses", "an integer of at least 1", _integer(1)),
     ("seed", "an integer of at least 0", _integer(0)),
 )

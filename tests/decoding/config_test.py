@@ -19,6 +19,8 @@ def test_only_what_is_switched_on_is_processed():
     assert DecodeConfig().processors() == ()
     assert len(DecodeConfig(method="sample", top_k=5, top_p=0.9, temperature=0.5, min_p=0.1).processors()) == 4
     assert len(DecodeConfig(method="beam", min_length=3).processors()) == 1
+    assert len(DecodeConfig(no_repeat_ngram=3, bad_words=((5,),), repetition_penalty=1.2).processors()) == 3
+    assert all(kind.summary for kind in PROCESSORS.values())
 
 
 def test_options_name_fields():
@@ -43,6 +45,16 @@ def test_options_name_fields():
         ({"method": "sample", "top_p": 95.0}, r"in \(0, 1\]"),
         ({"method": "sample", "min_p": 1.5}, r"in \[0, 1\]"),
         ({"method": "sample", "seed": -1}, "seed=-1"),
+        ({"method": "sample", "epsilon": 1.0}, r"in \[0, 1\)"),
+        ({"method": "sample", "eta": -0.1}, r"in \[0, 1\)"),
+        ({"method": "sample", "typical": 0.0}, r"in \(0, 1\]"),
+        ({"method": "sample", "mirostat": -3.0}, "at least 0"),
+        ({"repetition_penalty": 0.0}, "above 0"),
+        ({"no_repeat_ngram": -1}, "at least 0"),
+        ({"method": "beam", "repetition_penalty": 1.2}, r"choose one of \['greedy', 'sample'\]"),
+        ({"typical": 0.9}, r"choose one of \['sample'\]"),
+        ({"bad_words": ((5,), ())}, "a tuple of phrases"),
+        ({"bad_words": ((-5,),)}, "a tuple of phrases"),
         ({"max_length": 0}, "at least 1"),
         ({"max_length": 10, "min_length": 11}, "exceeds max_length=10"),
     ],
