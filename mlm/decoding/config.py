@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mlm.decoding.beam import Beam
+from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.selectors import Greedy, Sample
@@ -36,6 +36,11 @@ METHODS: Registry[Method] = Registry(
         ("n_best", "beams", "alpha"),
         "beam search with the GNMT brevity penalty (Wu et al. 2016)",
     ),
+    diverse_beam=Method(
+        lambda c: DiverseBeam(c.beams, c.groups, c.diversity, c.alpha, c.n_best),
+        ("n_best", "beams", "groups", "diversity", "alpha"),
+        "beam search in groups that avoid each other's tokens (Vijayakumar et al. 2018)",
+    ),
 )
 # What forbids tokens and reshapes nothing means something to every method.
 ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words")
@@ -52,9 +57,11 @@ class DecodeConfig:
     method: str = "greedy"
     max_length: int = 128
     min_length: int = 0  # EOS is not chosen before it would be this token
-    n_best: int = 1  # results per example; sample: that many draws, beam: at most `beams`
+    n_best: int = 1  # results per example; sample: that many draws, beams: at most `beams`
     beams: int = 4
-    alpha: float = 0.6  # beam: exponent of the brevity penalty; 0 ranks by plain log-probability
+    groups: int = 2  # diverse_beam: parts of `beams`, each a search
+    diversity: float = 0.5  # diverse_beam: nats that a token costs for each beam of earlier groups that chose it
+    alpha: float = 0.6  # beams: exponent of the brevity penalty; 0 ranks by plain log-probability
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
@@ -96,7 +103,9 @@ class DecodeConfig:
             )
         if self.min_length > self.max_length:
             raise ValueError(f"min_length={self.min_length} exceeds max_length={self.max_length}")
-        if self.method == "beam" and self.n_best > self.beams:
+        if self.method == "diverse_beam" and self.beams % self.groups:
+            raise ValueError(f"beams={self.beams} must be a multiple of groups={self.groups}, which share them equally")
+        if "beams" in allowed and self.n_best > self.beams:
             raise ValueError(f"n_best={self.n_best} exceeds beams={self.beams}, all that a beam search keeps")
 
     def selector(self) -> Selector:
@@ -129,6 +138,8 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("min_length", "an integer of at least 0", _integer(0)),
     ("n_best", "an integer of at least 1", _integer(1)),
     ("beams", "an integer of at least 1", _integer(1)),
+    ("groups", "an integer of at least 1", _integer(1)),
+    ("diversity", "at least 0", lambda v: 0 <= v < float("inf")),
     ("alpha", "at least 0 (a negative one would make the early stop wrong)", lambda v: v >= 0),
     ("temperature", "above 0 (for the most probable token use method='greedy')", lambda v: v > 0),
     ("top_k", "an integer of at least 0 (0: off)", _integer(0)),
