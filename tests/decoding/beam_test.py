@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlm.decoding.beam import Beam, Candidates, Finished
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
-from mlm.decoding.state import NEG_INF
+from mlm.decoding.state import NEG_INF, State
 
 EOS = 1
 
@@ -104,6 +105,19 @@ def test_much_diversity_gives_every_group_a_first_token_of_its_own(tiny, sources
     rule = {"groups": 4, "diversity": 50.0, "min_length": 3}  # nothing ends at once
     out = tiny.decode(DecodeConfig(method="diverse_beam", n_best=4, max_length=5, **rule), sources)
     assert [len({*tokens[:, 0]}) for tokens in out.tokens] == [4] * 8
+
+
+@pytest.mark.parametrize(("second", "stops"), [(-1.0, False), (-3.0, True)])
+def test_a_part_waits_for_its_most_probable_beam_whatever_ranks_first(second, stops):
+    """The worst finished score is -2. The beam that ranks second, for want of novelty, may still beat it at -1."""
+    none, two = jnp.zeros((2,), jnp.int32), jnp.zeros((1, 2), jnp.int32)
+    finished = Finished(jnp.zeros((1, 2, 4), jnp.int32), jnp.array([[-1.5, -2.0]]), two + 2)
+    state = State(
+        jnp.zeros((2, 4), jnp.int32), none + 2, none, none - 0.5, none, none + 4, none > 0, none[0], {}, finished
+    )
+    candidates = Candidates(two + 5, two, jnp.array([[-5.0, second]]), jnp.array([[-5.0, -9.0]]))
+    choice = Beam(2, alpha=0.0).grow(candidates, jnp.array([[0, 1]]), finished, state)
+    assert choice.ended.tolist() == [stops, stops]
 
 
 @pytest.mark.parametrize("rule", [{}, {"groups": 2, "diversity": 1.0}], ids=["beam", "diverse_beam"])
