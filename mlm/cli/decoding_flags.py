@@ -8,15 +8,23 @@ from typing import Any
 from mlm.cli.main import UsageError
 
 AXES = ("data", "fsdp", "expert", "tensor", "replica")
-# option of DecodeConfig -> (type, help)
+# option of DecodeConfig -> (type, help). What no flag can hold is for a session: bad_words are phrases of token ids.
 OPTIONS: dict[str, tuple[type, str]] = {
-    "beams": (int, "beam: hypotheses kept (default 4)"),
-    "alpha": (float, "beam: exponent of the length penalty (default 0.6)"),
-    "n_best": (int, "beam, sample: results per text (default 1)"),
+    "beams": (int, "beam, diverse_beam: hypotheses kept (default 4)"),
+    "groups": (int, "diverse_beam: parts of the beams that avoid each other's tokens (default 2)"),
+    "diversity": (float, "diverse_beam: nats that a token costs for each earlier beam that chose it (default 0.5)"),
+    "alpha": (float, "beam, diverse_beam: exponent of the length penalty (default 0.6)"),
+    "n_best": (int, "sample, beam, diverse_beam: results per text (default 1)"),
     "temperature": (float, "sample: below 1 sharper, above 1 flatter (default 1)"),
     "top_k": (int, "sample: from the k most probable tokens (default 0, off)"),
     "top_p": (float, "sample: from the most probable tokens that hold this mass (default 1, off)"),
     "min_p": (float, "sample: from tokens at least this share of the best (default 0, off)"),
+    "epsilon": (float, "sample: from tokens of at least this probability (default 0, off)"),
+    "eta": (float, "sample: the same, lower where the model is unsure (default 0, off)"),
+    "typical": (float, "sample: from the tokens of average surprise that hold this mass (default 1, off)"),
+    "mirostat": (float, "sample: from as many as keep the surprise at so many bits a token (default 0, off)"),
+    "repetition_penalty": (float, "greedy, sample: above 1 less of what is there already (default 1, off)"),
+    "no_repeat_ngram": (int, "no n-gram of this size twice (default 0, off)"),
     "seed": (int, "sample: seed (default 0)"),
     "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes: input_copy, draft_model"),
     "guesses": (int, "tokens guessed a pass (default 8)"),
@@ -57,7 +65,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_decode_flags(parser: argparse.ArgumentParser) -> None:
     """--method and one flag per option of the search."""
     group = parser.add_argument_group("decoding")
-    group.add_argument("--method", default="greedy", metavar="NAME", help="greedy (default), sample or beam")
+    group.add_argument(
+        "--method",
+        default="greedy",
+        metavar="NAME",
+        help="greedy (default), sample, beam, diverse_beam; `mlm decode list` says more",
+    )
     for name, (kind, text) in OPTIONS.items():
         group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("evaluate", "score and decode tasks with a trained model"),
     "infer": ("infer", "decode a file of lines into JSON lines, resumable"),
     "generate": ("generate", "decode one text"),
+    "decode": ("decode", "list the ways to decode: methods, processors, proposers"),
     "report": ("report", "write report.html, report.md and report.json of a run"),
     "tasks": ("tasks", "list registered tasks, or look at the examples of one"),
     "mixture": ("mixture", "show how often each language of a mixture is seen"),

@@ -10,7 +10,8 @@ reach, its log-probability over the penalty at the limit. Without any finished h
 scored by their log-probability. Unlike T5X the best comes first, and each example stops by itself (with the same
 result: a hypothesis that could still enter the finished set keeps the search open).
 
-Source: Wu et al. 2016 (arXiv:1609.08144), section 7; T5X, `decoding.beam_search`.
+Source: Wu et al. 2016 (arXiv:1609.08144), section 7; T5X, `decoding.beam_search`. Diverse beam search is several such
+searches side by side: Vijayakumar et al. 2018 (arXiv:1610.02424).
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,15 @@ class Finished(NamedTuple):
     tokens: Int[Array, "B K T"]
     scores: Float[Array, "B K"]
     lengths: Int[Array, "B K"]
+
+
+class Candidates(NamedTuple):
+    """The 2K best continuations of each example, best first by `rank`."""
+
+    token: Int[Array, "B N"]
+    parent: Int[Array, "B N"]  # the beam that each continues
+    log_prob: Float[Array, "B N"]  # nats, of the whole hypothesis
+    rank: Float[Array, "B N"]
 
 
 @dataclass(frozen=True)
@@ -55,21 +65,30 @@ class Beam:
         )
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
+        token, log_prob = _continuations(logits, processed, state, 2 * self.group)
+        token, log_prob = (x.reshape(-1, self.group, x.shape[-1]) for x in (token, log_prob))
+        candidates = _best(token, log_prob, log_prob, self.group)
+        return self.grow(candidates, _survivors(candidates, self.group), state.search, state)
+
+    def finish(self, state: State) -> Decoded:
+        tokens, scores, lengths = (x[:, : self.n_best] for x in self.results(state.search, state))
+        return Decoded(tokens, scores, lengths, state.passes)
+
+    def grow(self, candidates: Candidates, order: Int[Array, "B K"], finished: Finished, state: State) -> Choice:
+        """Ended candidates compete for the finished set, those that `order` names live on."""
         beams = self.group
         done, limit, length = (_first(x, beams) for x in (state.done, state.limit, state.length))
 
-        token, parent, log_prob = self._candidates(logits, processed, state)
+        token, parent, log_prob, _ = candidates
         ended = token == EOS_ID
-        live_log_prob, order = top_k(log_prob + NEG_INF * ended, beams)
+        live_log_prob = _take(log_prob + NEG_INF * ended, order)
         tokens = _take(state.tokens.reshape(*done.shape, beams, -1), parent)
         tokens = jnp.where(jnp.arange(tokens.shape[-1])[None, None] == length[:, None, None], token[..., None], tokens)
         scores = jnp.where(ended & (log_prob > DEAD), log_prob / self._penalty(length + 1)[:, None], NEG_INF)
-        finished = self._best(
-            state.search, Finished(tokens, scores, jnp.broadcast_to(length[:, None] + 1, token.shape))
-        )
-        finished = jax.tree.map(lambda new, old: jnp.where(_like(done, new), old, new), finished, state.search)
+        new = self._merged(finished, Finished(tokens, scores, jnp.broadcast_to(length[:, None] + 1, token.shape)))
+        finished = jax.tree.map(lambda new, old: jnp.where(_like(done, new), old, new), new, finished)
 
-        reachable = live_log_prob[:, 0] / self._penalty(limit)
+        reachable = jnp.max(live_log_prob, axis=1) / self._penalty(limit)
         worst = finished.scores[:, -1]
         stop = (worst > DEAD) & (worst > reachable)
         return Choice(
@@ -80,38 +99,113 @@ class Beam:
             parent=jnp.where(done[:, None], jnp.arange(beams)[None], _take(parent, order)),
         )
 
-    def finish(self, state: State) -> Decoded:
+    def results(self, finished: Finished, state: State) -> Finished:
+        """The finished hypotheses, or the live ones of an example that has none; 0 and NEG_INF in an empty place."""
         live = Finished(
             *(x.reshape(-1, self.group, *x.shape[1:]) for x in (state.tokens, state.log_prob, state.length))
         )
-        none_finished = state.search.scores[:, 0] <= DEAD
-        best = jax.tree.map(lambda a, b: jnp.where(_like(none_finished, a), a, b), live, state.search)
+        none_finished = finished.scores[:, 0] <= DEAD
+        best = jax.tree.map(lambda a, b: jnp.where(_like(none_finished, a), a, b), live, finished)
         empty = best.scores <= DEAD
-        return Decoded(
-            jnp.where(empty[..., None], 0, best.tokens)[:, : self.n_best],
-            jnp.where(empty, NEG_INF, best.scores)[:, : self.n_best],
-            jnp.where(empty, 0, best.lengths)[:, : self.n_best],
-            state.passes,
+        return Finished(
+            jnp.where(empty[..., None], 0, best.tokens),
+            jnp.where(empty, NEG_INF, best.scores),
+            jnp.where(empty, 0, best.lengths),
         )
 
-    def _candidates(self, logits: Array, processed: Array, state: State) -> tuple[Array, Array, Array]:
-        """Token, parent beam and log-probability of the 2K best continuations, each [B, 2K], best first.
-
-        The best 2K of a group are among the best 2K of its beams, so nothing of size K·V is built or sorted.
-        """
-        beams, wide = self.group, min(2 * self.group, logits.shape[-1])
-        value, token = top_k(processed, wide)
-        value = value - jax.nn.logsumexp(logits, axis=-1)[:, None] + state.log_prob[:, None]
-        log_prob, index = top_k(value.reshape(-1, beams * wide), 2 * beams)
-        return _take(token.reshape(-1, beams * wide), index), index // wide, log_prob
-
-    def _best(self, old: Finished, new: Finished) -> Finished:
+    def _merged(self, old: Finished, new: Finished) -> Finished:
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
         _, order = top_k(both.scores, self.group)
         return jax.tree.map(lambda x: _take(x, order), both)
 
     def _penalty(self, length: Array) -> Array:
         return ((5.0 + length) / 6.0) ** self.alpha
+
+
+class Searches(NamedTuple):
+    """What diverse beam search carries: for each of B·G small searches its finished set and the ranks of its beams."""
+
+    finished: Finished
+    rank: Float[Array, "BG K"]  # nats: log-probabilities less all penalties so far
+
+
+@dataclass(frozen=True)
+class DiverseBeam:
+    """`group` beams in `groups` equal parts, each a beam search that avoids what earlier parts just chose.
+
+    At every position the parts choose in order. A hypothesis that a part continues by token v ranks by
+
+        sum over positions of log P(v) - diversity · (live beams of earlier parts that chose v at that position)
+
+    (Hamming diversity), which decides who lives; finished sets, their early stop and the order of the results go by the
+    log-probability with its brevity penalty, as in `Beam`. An example ends when all its parts would. Parts may return
+    the same hypothesis. Source: Vijayakumar et al. 2018 (arXiv:1610.02424).
+    """
+
+    group: int = 4
+    groups: int = 2
+    diversity: float = 0.5
+    alpha: float = 0.6
+    n_best: int = 1
+
+    @property
+    def part(self) -> Beam:
+        """The search of one part; its examples are the B·G parts of all examples, its rows those of the loop."""
+        return Beam(self.group // self.groups, self.alpha)
+
+    def init(self, ids: Int[Array, "B"], max_length: int):
+        log_prob, finished = self.part.init(jnp.repeat(ids, self.groups), max_length)
+        return log_prob, Searches(finished, log_prob.reshape(-1, self.part.group))
+
+    def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
+        beams = self.part.group
+        # A part needs 2K candidates and at most all tokens of earlier parts are ahead of them before the penalty.
+        token, log_prob = _continuations(logits, processed, state, self.group + beams)
+        rank = log_prob - (state.log_prob - state.search.rank.reshape(-1))[:, None]
+        token, log_prob, rank = (x.reshape(-1, self.groups, beams, x.shape[-1]) for x in (token, log_prob, rank))
+        chosen = jnp.full((token.shape[0], 0), -1)
+        parts = []
+        for part in range(self.groups):
+            here = token[:, part]
+            count = jnp.sum(here[..., None] == chosen[:, None, None], axis=-1)
+            candidates = _best(here, log_prob[:, part], rank[:, part] - self.diversity * count, beams)
+            order = _survivors(candidates, beams)
+            chosen = jnp.concatenate([chosen, _take(candidates.token, order)], axis=1)
+            parts.append((candidates, order, _take(candidates.rank, order)))
+        candidates, order, rank = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, x[0].shape[1]), *parts)
+        choice = self.part.grow(candidates, order, state.search.finished, state)
+        return choice._replace(
+            ended=jnp.repeat(jnp.all(choice.ended.reshape(-1, self.group), axis=1), self.group),
+            search=Searches(choice.search, rank),
+        )
+
+    def finish(self, state: State) -> Decoded:
+        results = self.part.results(state.search.finished, state)
+        results = jax.tree.map(lambda x: x.reshape(-1, self.group, *x.shape[2:]), results)
+        _, order = top_k(results.scores, self.n_best)
+        tokens, scores, lengths = (_take(x, order) for x in results)
+        return Decoded(tokens, scores, lengths, state.passes)
+
+
+def _continuations(logits: Array, processed: Array, state: State, count: int) -> tuple[Array, Array]:
+    """The best `count` tokens of every row, each with the log-probability of the hypothesis it makes, [R, N].
+
+    The best continuations of a group are among the best of its beams, so nothing of size K·V is built or sorted.
+    """
+    value, token = top_k(processed, count)
+    return token, value - jax.nn.logsumexp(logits, axis=-1)[:, None] + state.log_prob[:, None]
+
+
+def _best(token: Array, log_prob: Array, rank: Array, beams: int) -> Candidates:
+    """The 2K best by rank out of N continuations of each of K beams, [B, K, N]."""
+    ranks, index = top_k(rank.reshape(rank.shape[0], -1), 2 * beams)
+    token, log_prob = (_take(x.reshape(x.shape[0], -1), index) for x in (token, log_prob))
+    return Candidates(token, index // rank.shape[-1], log_prob, ranks)
+
+
+def _survivors(candidates: Candidates, beams: int) -> Int[Array, "B K"]:
+    """Places of the K best candidates that have not ended."""
+    return top_k(candidates.rank + NEG_INF * (candidates.token == EOS_ID), beams)[1]
 
 
 def _first(x: Array, beams: int) -> Array:

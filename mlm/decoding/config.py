@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mlm.decoding.beam import Beam
+from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.selectors import Greedy, Sample
@@ -21,13 +21,14 @@ class Method(NamedTuple):
     summary: str
 
 
+_TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
 _GUESSING = ("proposer", "guesses")
 METHODS: Registry[Method] = Registry(
     "decoding method",
-    greedy=Method(lambda c: Greedy(), _GUESSING, "the most probable token at every step"),
+    greedy=Method(lambda c: Greedy(), ("repetition_penalty", *_GUESSING), "the most probable token at every step"),
     sample=Method(
         lambda c: Sample(c.n_best, c.seed),
-        ("n_best", "seed", "temperature", "top_k", "top_p", "min_p", *_GUESSING),
+        ("n_best", "seed", "repetition_penalty", "temperature", *_TRUNCATIONS, *_GUESSING),
         "draws from the model's distribution, reshaped by temperature and truncations",
     ),
     beam=Method(
@@ -35,8 +36,14 @@ METHODS: Registry[Method] = Registry(
         ("n_best", "beams", "alpha"),
         "beam search with the GNMT brevity penalty (Wu et al. 2016)",
     ),
+    diverse_beam=Method(
+        lambda c: DiverseBeam(c.beams, c.groups, c.diversity, c.alpha, c.n_best),
+        ("n_best", "beams", "groups", "diversity", "alpha"),
+        "beam search in groups that avoid each other's tokens (Vijayakumar et al. 2018)",
+    ),
 )
-_ALWAYS = ("method", "max_length", "min_length")
+# What forbids tokens and reshapes nothing means something to every method.
+ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +57,28 @@ class DecodeConfig:
     method: str = "greedy"
     max_length: int = 128
     min_length: int = 0  # EOS is not chosen before it would be this token
-    n_best: int = 1  # results per example; sample: that many draws, beam: at most `beams`
+    n_best: int = 1  # results per example; sample: that many draws, beams: at most `beams`
     beams: int = 4
-    alpha: float = 0.6  # beam: exponent of the brevity penalty; 0 ranks by plain log-probability
+    groups: int = 2  # diverse_beam: parts of `beams`, each a search
+    diversity: float = 0.5  # diverse_beam: nats that a token costs for each beam of earlier groups that chose it
+    alpha: float = 0.6  # beams: exponent of the brevity penalty; 0 ranks by plain log-probability
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off
+    epsilon: float = 0.0  # 0: off
+    eta: float = 0.0  # 0: off
+    typical: float = 1.0  # 1: off
+    mirostat: float = 0.0  # bits of surprise a token; 0: off
+    repetition_penalty: float = 1.0  # 1: off
+    no_repeat_ngram: int = 0  # n-grams that may not occur twice; 0: off
+    bad_words: tuple[tuple[int, ...], ...] = ()  # phrases of token ids that may not be written
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
     guesses: int = 8  # tokens guessed a pass
 
     def __post_init__(self):
-        allowed = (*_ALWAYS, *METHODS[self.method].options)
+        allowed = (*ALWAYS, *METHODS[self.method].options)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in allowed and value != field.default:
@@ -80,9 +96,16 @@ class DecodeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
                 raise ValueError(f"{name}={value!r} must be {rule}")
+        if not isinstance(self.bad_words, tuple) or not all(map(_phrase, self.bad_words)):
+            raise ValueError(
+                f"bad_words={self.bad_words!r} must be a tuple of phrases, each a tuple of one token id or more, as "
+                "((17, 4), (23,))"
+            )
         if self.min_length > self.max_length:
             raise ValueError(f"min_length={self.min_length} exceeds max_length={self.max_length}")
-        if self.method == "beam" and self.n_best > self.beams:
+        if self.method == "diverse_beam" and self.beams % self.groups:
+            raise ValueError(f"beams={self.beams} must be a multiple of groups={self.groups}, which share them equally")
+        if "beams" in allowed and self.n_best > self.beams:
             raise ValueError(f"n_best={self.n_best} exceeds beams={self.beams}, all that a beam search keeps")
 
     def selector(self) -> Selector:
@@ -98,7 +121,7 @@ class DecodeConfig:
         """The processors that are switched on, in the order of `PROCESSORS`."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return tuple(
-            make(getattr(self, name)) for name, make in PROCESSORS.items() if getattr(self, name) != defaults[name]
+            kind.make(getattr(self, name)) for name, kind in PROCESSORS.items() if getattr(self, name) != defaults[name]
         )
 
 
@@ -106,16 +129,28 @@ def _integer(low: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int) and value >= low
 
 
+def _phrase(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(map(_integer(0), value))
+
+
 _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("max_length", "an integer of at least 1", _integer(1)),
     ("min_length", "an integer of at least 0", _integer(0)),
     ("n_best", "an integer of at least 1", _integer(1)),
     ("beams", "an integer of at least 1", _integer(1)),
+    ("groups", "an integer of at least 1", _integer(1)),
+    ("diversity", "at least 0", lambda v: 0 <= v < float("inf")),
     ("alpha", "at least 0 (a negative one would make the early stop wrong)", lambda v: v >= 0),
     ("temperature", "above 0 (for the most probable token use method='greedy')", lambda v: v > 0),
     ("top_k", "an integer of at least 0 (0: off)", _integer(0)),
     ("top_p", "in (0, 1] (1: off)", lambda v: 0 < v <= 1),
     ("min_p", "in [0, 1] (0: off)", lambda v: 0 <= v <= 1),
+    ("epsilon", "in [0, 1) (0: off)", lambda v: 0 <= v < 1),
+    ("eta", "in [0, 1) (0: off)", lambda v: 0 <= v < 1),
+    ("typical", "in (0, 1] (1: off)", lambda v: 0 < v <= 1),
+    ("mirostat", "at least 0 (0: off)", lambda v: 0 <= v < float("inf")),
+    ("repetition_penalty", "above 0 (1: off)", lambda v: 0 < v < float("inf")),
+    ("no_repeat_ngram", "an integer of at least 0 (0: off)", _integer(0)),
     ("guesses", "an integer of at least 1", _integer(1)),
     ("seed", "an integer of at least 0", _integer(0)),
 )

@@ -33,6 +33,7 @@ class Generator:
         draft: Transformer | None = None,
     ):
         _check_draft(model, config, draft)
+        check_tokens("phrase of bad_words", config.bad_words, model.config.vocab_size)
         self.model, self.config, self.draft = model, config, draft
         self.compilations = 0  # shapes seen so far; each costs seconds once
         self._rows = rows

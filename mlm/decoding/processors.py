@@ -1,20 +1,71 @@
 """Processors: pure functions (logits [R, V], state) -> logits that reshape what a selector chooses from.
 
 A forbidden token gets NEG_INF; the most probable one is never forbidden by a truncation. The model's own logits stay
-beside the processed ones, so scores do not change. `PROCESSORS` maps a name (an option of `DecodeConfig`) to a factory
-that takes that option's value, in the order in which they are applied.
+beside the processed ones, so scores do not change. `PROCESSORS` maps a name (an option of `DecodeConfig`) to what makes
+one of that option's value, in the order in which they are applied. A row's prefix: its prompt and what it has written.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from mlm.decoding.ranking import top_k as largest
-from mlm.decoding.state import NEG_INF, Processor, State
+from mlm.decoding.state import DEAD, NEG_INF, Processor, State
 from mlm.registry import Registry
 from mlm.types import EOS_ID
+
+RANKS = 100  # steps between ranks that mirostat fits Zipf's law to
+
+
+def repetition_penalty(penalty: float) -> Processor:
+    """Tokens of the row's prefix: logit / penalty where it is positive, logit · penalty where it is not.
+
+    Source: Keskar et al. 2019 (arXiv:1909.05858), the form for negative logits as in Hugging Face transformers.
+    """
+
+    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
+        seen = _mark(state.tokens, _written(state), logits.shape[-1]) & (logits > NEG_INF)
+        return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    return process
+
+
+def no_repeat_ngram(n: int) -> Processor:
+    """Forbids what would complete an n-gram of the row's prefix. Source: Paulus et al. 2017 (arXiv:1705.04304)."""
+
+    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
+        size = state.tokens.shape[1]
+        follows = _written(state)  # positions behind an occurrence of the newest n - 1 tokens
+        for back in range(1, n):
+            before = jnp.pad(state.tokens, ((0, 0), (back, 0)), constant_values=-1)[:, :size]
+            follows = follows & (before == _newest(state, back)[:, None])
+        return jnp.where(_mark(state.tokens, follows, logits.shape[-1]), NEG_INF, logits)
+
+    return process
+
+
+def bad_words(phrases: tuple[tuple[int, ...], ...]) -> Processor:
+    """Forbids the last token of each phrase where the row's prefix ends in the tokens before it."""
+    longest = max(map(len, phrases))
+    begins = np.full((len(phrases), longest - 1), -1, np.int32)  # right-aligned; -1: any token, or none
+    for row, phrase in zip(begins, phrases, strict=True):
+        row[longest - len(phrase) :] = phrase[:-1]
+    last = np.array([phrase[-1] for phrase in phrases], np.int32)
+
+    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
+        begun = jnp.ones((logits.shape[0], len(phrases)), bool)
+        for back in range(1, longest):
+            wanted = begins[None, :, -back]
+            begun = begun & ((wanted == -1) | (wanted == _newest(state, back)[:, None]))
+        tokens = jnp.broadcast_to(last, begun.shape)
+        return jnp.where(_mark(tokens, begun, logits.shape[-1]), NEG_INF, logits)
+
+    return process
 
 
 def min_length(length: int) -> Processor:
@@ -45,24 +96,12 @@ def top_k(count: int) -> Processor:
 def top_p(mass: float) -> Processor:
     """Keeps the smallest set of most probable tokens that holds `mass`; the one that crosses it stays.
 
-    A token stays iff the tokens more probable than it hold less than `mass`. Probabilities are not negative, so their
-    float32 bit patterns are ordered as they are: 31 halvings of that integer range find the threshold exactly, without
-    a sort. Not idempotent: the next softmax renormalises what is kept. Source: Holtzman et al. 2019 (arXiv:1904.09751).
+    Not idempotent: the next softmax renormalises what is kept. Source: Holtzman et al. 2019 (arXiv:1904.09751).
     """
 
     def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
         probs = jax.nn.softmax(logits, axis=-1)
-
-        def halve(_, bounds):  # invariant: mass above `low` reaches the target or low = -1; mass above `high` does not
-            low, high = bounds
-            middle = low + (high - low) // 2
-            above = jnp.sum(jnp.where(_bits(probs) > middle, probs, 0.0), axis=-1, keepdims=True)
-            return jnp.where(above < mass, low, middle), jnp.where(above < mass, middle, high)
-
-        rows = (logits.shape[0], 1)
-        top = _bits(jnp.max(probs, axis=-1, keepdims=True))  # nothing lies above it
-        _, threshold = jax.lax.fori_loop(0, 31, halve, (jnp.full(rows, -1, jnp.int32), top))
-        return jnp.where(_bits(probs) >= threshold, logits, NEG_INF)
+        return jnp.where(_first(_behind(probs), probs, mass), logits, NEG_INF)
 
     return process
 
@@ -77,10 +116,150 @@ def min_p(share: float) -> Processor:
     return process
 
 
-def _bits(x: Array) -> Array:
+def epsilon(least: float) -> Processor:
+    """Keeps tokens of at least this probability. Source: Hewitt et al. 2022 (arXiv:2210.15191)."""
+
+    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
+        return _at_least(jax.nn.log_softmax(logits, axis=-1), math.log(least), logits)
+
+    return process
+
+
+def eta(least: float) -> Processor:
+    """Keeps tokens of a probability of at least min(e, sqrt(e)·exp(-H)), H the entropy in nats: fewer where the model
+    is sure. Source: Hewitt et al. 2022 (arXiv:2210.15191).
+    """
+
+    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        threshold = jnp.minimum(math.log(least), math.log(least) / 2 - _entropy(log_probs))
+        return _at_least(log_probs, threshold, logits)
+
+    return process
+
+
+def typical(mass: float) -> Processor:
+    """Keeps the smallest set of tokens that holds `mass`, those first whose surprise is nearest to the entropy, and the
+    most probable token, which the paper may drop. Source: Meister et al. 2022 (arXiv:2202.00666).
+    """
+
+    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        distance = jnp.abs(log_probs + _entropy(log_probs))
+        best = logits == jnp.max(logits, axis=-1, keepdims=True)
+        return jnp.where(_first(_bits(distance), jnp.exp(log_probs), mass) | best, logits, NEG_INF)
+
+    return process
+
+
+def mirostat(surprise: float) -> Processor:
+    """Keeps the k most probable tokens, k such that a text's mean surprise comes to `surprise` bits a token.
+
+    k = round((e·2^mu / (1 - V^-e))^(1/s)) + 1 with e = s - 1, where s is the exponent of Zipf's law over the first
+    ranks. mu begins at twice the target and falls by every token's surprise less the target (learning rate 1), so it
+    is a sum that the row's log-probability already holds. Source: Basu et al. 2020 (arXiv:2007.14966), version 1.
+    """
+
+    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
+        bits = -state.log_prob / math.log(2)
+        mu = 2 * surprise - (bits - (state.length - state.start) * surprise)
+        count = _zipf_count(_zipf_exponent(logits), mu, logits.shape[-1])
+        kept = _first(_behind(jax.nn.softmax(logits, axis=-1)), jnp.ones_like(logits), count[:, None])
+        return jnp.where(kept, logits, NEG_INF)
+
+    return process
+
+
+def _zipf_exponent(logits: Float[Array, "R V"]) -> Float[Array, "R"]:
+    """Slope of log-probability over log rank by least squares through the steps between ranks."""
+    best = largest(logits, RANKS + 1)[0]
+    rank = np.arange(1.0, best.shape[-1])
+    step = np.log((rank + 1) / rank).astype(np.float32)
+    alive = best[:, 1:] > DEAD
+    falls = jnp.where(alive, best[:, :-1] - best[:, 1:], 0.0)
+    return jnp.sum(falls * step, axis=-1) / jnp.maximum(jnp.sum(alive * step**2, axis=-1), 1e-6)
+
+
+def _zipf_count(s: Float[Array, "R"], mu: Float[Array, "R"], vocab: int) -> Float[Array, "R"]:
+    """Tokens, a whole number from 1 to V, of which the last has about mu bits."""
+    most = math.log(vocab)
+    e = jnp.where(jnp.abs(s - 1) < 1e-4, 1e-4, s - 1)  # at s = 1 the quotient has the limit 1 / log V
+    log_count = (jnp.log(e / -jnp.expm1(-e * most)) + mu * math.log(2)) / jnp.maximum(s, 1e-4)
+    return jnp.minimum(jnp.round(jnp.exp(jnp.minimum(log_count, most))) + 1, vocab)
+
+
+def _at_least(log_probs: Float[Array, "R V"], threshold: Any, logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
+    best = jnp.max(log_probs, axis=-1, keepdims=True)
+    return jnp.where(log_probs >= jnp.minimum(threshold, best), logits, NEG_INF)
+
+
+def _entropy(log_probs: Float[Array, "R V"]) -> Float[Array, "R 1"]:
+    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1, keepdims=True)
+
+
+def _first(key: Int[Array, "R V"], weight: Float[Array, "R V"], mass: Any) -> Bool[Array, "R V"]:
+    """The tokens with the smallest keys that together weigh `mass`, ties with the last of them included.
+
+    A token is one of them iff those with smaller keys weigh less than `mass`. 31 halvings of the range of keys, which
+    are not negative, find the threshold exactly, without a sort.
+    """
+
+    def halve(_, bounds):  # invariant: keys up to `low` weigh less than mass; up to `high` they reach it, or are all
+        low, high = bounds
+        middle = low + (high - low) // 2
+        reached = jnp.sum(jnp.where(key <= middle, weight, 0.0), axis=-1, keepdims=True) >= mass
+        return jnp.where(reached, low, middle), jnp.where(reached, middle, high)
+
+    start = (jnp.full((key.shape[0], 1), -1, jnp.int32), jnp.max(key, axis=-1, keepdims=True))
+    return key <= jax.lax.fori_loop(0, 31, halve, start)[1]
+
+
+def _behind(probs: Float[Array, "R V"]) -> Int[Array, "R V"]:
+    """A key for `_first`, smallest for the most probable."""
+    return _bits(jnp.max(probs, axis=-1, keepdims=True)) - _bits(probs)
+
+
+def _bits(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
+    """Of numbers that are not negative: their float32 bit patterns are ordered as they are."""
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
-PROCESSORS: Registry = Registry(
-    "logits processor", min_length=min_length, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+def _written(state: State) -> Bool[Array, "R T"]:
+    return jnp.arange(state.tokens.shape[1])[None] < state.length[:, None]
+
+
+def _newest(state: State, back: int) -> Int[Array, "R"]:
+    """The token `back` places before the one to come; -2: the row is shorter."""
+    index = (state.length - back)[:, None]
+    token = jnp.take_along_axis(state.tokens, jnp.maximum(index, 0), axis=1)
+    return jnp.where(index >= 0, token, -2)[:, 0]
+
+
+def _mark(tokens: Int[Array, "R N"], flag: Bool[Array, "R N"], vocab: int) -> Bool[Array, "R V"]:
+    """[r, v]: some flagged token of row r is v. A scatter inside each row, local to its shard."""
+    here = jnp.where(flag, tokens, vocab)  # out of bounds: dropped
+    return jax.vmap(lambda ids: jnp.zeros(vocab, bool).at[ids].set(True, mode="drop"))(here)
+
+
+class Kind(NamedTuple):
+    """How a processor is made of its option's value, and what it does, in a line."""
+
+    make: Callable[[Any], Processor]
+    summary: str
+
+
+PROCESSORS: Registry[Kind] = Registry(
+    "logits processor",
+    repetition_penalty=Kind(repetition_penalty, "tokens already there become less probable (Keskar et al. 2019)"),
+    no_repeat_ngram=Kind(no_repeat_ngram, "no n-gram twice (Paulus et al. 2017)"),
+    bad_words=Kind(bad_words, "phrases, as tuples of token ids, that must not be written"),
+    min_length=Kind(min_length, "no end before this token"),
+    temperature=Kind(temperature, "below 1 sharper, above 1 flatter (Ackley et al. 1985)"),
+    top_k=Kind(top_k, "the k most probable tokens (Fan et al. 2018)"),
+    top_p=Kind(top_p, "the most probable tokens that hold this mass (Holtzman et al. 2019)"),
+    min_p=Kind(min_p, "tokens at least this share of the best (Nguyen et al. 2024)"),
+    epsilon=Kind(epsilon, "tokens of at least this probability (Hewitt et al. 2022)"),
+    eta=Kind(eta, "the same with a threshold that falls as the entropy grows (Hewitt et al. 2022)"),
+    typical=Kind(typical, "tokens as surprising as the average one that hold this mass (Meister et al. 2022)"),
+    mirostat=Kind(mirostat, "as many of the best as keep the surprise at so many bits a token (Basu et al. 2020)"),
 )

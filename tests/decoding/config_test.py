@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlm.decoding.beam import Beam
+from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.config import METHODS, DecodeConfig
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.selectors import Greedy, Sample
@@ -12,6 +12,8 @@ def test_every_method_builds_its_selector():
     assert DecodeConfig().selector() == Greedy()
     assert DecodeConfig(method="sample", n_best=3, seed=4).selector() == Sample(3, 4)
     assert DecodeConfig(method="beam", beams=5, alpha=1.0, n_best=2).selector() == Beam(5, 1.0, 2)
+    options = {"beams": 6, "groups": 3, "diversity": 1.5, "alpha": 0.2, "n_best": 2}
+    assert DecodeConfig(method="diverse_beam", **options).selector() == DiverseBeam(6, 3, 1.5, 0.2, 2)
     assert all(method.summary for method in METHODS.values())
 
 
@@ -19,6 +21,8 @@ def test_only_what_is_switched_on_is_processed():
     assert DecodeConfig().processors() == ()
     assert len(DecodeConfig(method="sample", top_k=5, top_p=0.9, temperature=0.5, min_p=0.1).processors()) == 4
     assert len(DecodeConfig(method="beam", min_length=3).processors()) == 1
+    assert len(DecodeConfig(no_repeat_ngram=3, bad_words=((5,),), repetition_penalty=1.2).processors()) == 3
+    assert all(kind.summary for kind in PROCESSORS.values())
 
 
 def test_options_name_fields():
@@ -33,16 +37,31 @@ def test_options_name_fields():
         ({"method": "sample", "temperature": 0.0}, "use method='greedy'"),
         ({"method": "sample", "temperature": -1.0}, "above 0"),
         ({"temperature": 0.7}, "means nothing to method='greedy'"),
-        ({"beams": 5}, r"choose one of \['beam'\]"),
-        ({"n_best": 2}, r"choose one of \['sample', 'beam'\]"),
+        ({"beams": 5}, r"choose one of \['beam', 'diverse_beam'\]"),
+        ({"n_best": 2}, r"choose one of \['sample', 'beam', 'diverse_beam'\]"),
         ({"method": "beam", "top_k": 5}, "means nothing to method='beam'"),
         ({"method": "beam", "beams": 2, "n_best": 3}, "exceeds beams=2"),
+        ({"method": "diverse_beam", "n_best": 5}, "exceeds beams=4"),
+        ({"method": "diverse_beam", "groups": 3}, "multiple of groups=3"),
+        ({"method": "diverse_beam", "groups": 0}, "at least 1"),
+        ({"method": "diverse_beam", "diversity": -1.0}, "at least 0"),
+        ({"method": "beam", "groups": 4}, r"choose one of \['diverse_beam'\]"),
         ({"method": "beam", "beams": 0}, "at least 1"),
         ({"method": "beam", "alpha": -0.5}, "at least 0"),
         ({"method": "sample", "top_p": 0.0}, r"in \(0, 1\]"),
         ({"method": "sample", "top_p": 95.0}, r"in \(0, 1\]"),
         ({"method": "sample", "min_p": 1.5}, r"in \[0, 1\]"),
         ({"method": "sample", "seed": -1}, "seed=-1"),
+        ({"method": "sample", "epsilon": 1.0}, r"in \[0, 1\)"),
+        ({"method": "sample", "eta": -0.1}, r"in \[0, 1\)"),
+        ({"method": "sample", "typical": 0.0}, r"in \(0, 1\]"),
+        ({"method": "sample", "mirostat": -3.0}, "at least 0"),
+        ({"repetition_penalty": 0.0}, "above 0"),
+        ({"no_repeat_ngram": -1}, "at least 0"),
+        ({"method": "beam", "repetition_penalty": 1.2}, r"choose one of \['greedy', 'sample'\]"),
+        ({"typical": 0.9}, r"choose one of \['sample'\]"),
+        ({"bad_words": ((5,), ())}, "a tuple of phrases"),
+        ({"bad_words": ((-5,),)}, "a tuple of phrases"),
         ({"max_length": 0}, "at least 1"),
         ({"max_length": 10, "min_length": 11}, "exceeds max_length=10"),
     ],

@@ -44,7 +44,7 @@ def test_one_step_follows_the_softmax():
 
 def test_processed_draws_follow_the_processed_distribution_and_are_scored_by_the_model():
     logits = jnp.asarray(np.random.default_rng(2).normal(0, 1, 12), jnp.float32)
-    choice = draws([PROCESSORS["temperature"](1.7), PROCESSORS["top_k"](6)], logits)
+    choice = draws([PROCESSORS["temperature"].make(1.7), PROCESSORS["top_k"].make(6)], logits)
     kept = np.argsort(-logits)[:6]
     probs = np.exp(logits[kept] / 1.7) / np.exp(logits[kept] / 1.7).sum()
     counts = np.bincount(choice.token, minlength=12)

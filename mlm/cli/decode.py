@@ -1,0 +1,85 @@
+"""`mlm decode list`: every way to decode, by what it does: methods, processors of the logits, proposers of guesses."""
+
+import argparse
+import dataclasses
+import json
+import textwrap
+from typing import Any
+
+from mlm.cli import screen
+
+WIDTH = 80  # characters of the second column
+
+
+def run(arguments: list[str]) -> None:
+    options = _parse(arguments)
+    records = _records()
+    if options.json:
+        print(json.dumps(records, indent=1))
+    else:
+        _print(records)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="mlm decode", description="List the ways to decode.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser(
+        "list",
+        help="every method, processor and proposer with its options",
+        description="Every method, processor and proposer with its options, their defaults and its paper. A method "
+        "chooses tokens; a processor, one for each option that is switched on, reshapes or forbids before that; a "
+        "proposer guesses ahead, so that one pass confirms several tokens.",
+    )
+    listing.add_argument("--json", action="store_true", help="machine-readable")
+    return parser.parse_args(arguments)
+
+
+def _records() -> list[dict[str, Any]]:
+    """What is registered: kind, name, options with their defaults, methods that take it, one line and the paper."""
+    from mlm.decoding.config import ALWAYS, METHODS, DecodeConfig
+    from mlm.decoding.processors import PROCESSORS
+    from mlm.decoding.proposers import PROPOSERS
+
+    defaults = {field.name: field.default for field in dataclasses.fields(DecodeConfig)}
+    asked = {method: {*ALWAYS, *METHODS[method].options} for method in METHODS}
+    shared = [option for option in ALWAYS if option != "method"]
+
+    def record(kind: str, name: str, options: list[str], methods: list[str], summary: str) -> dict[str, Any]:
+        told = {option: defaults[option] for option in options}
+        return {"kind": kind, "name": name, "options": told, "methods": methods, "summary": summary}
+
+    def takers(option: str) -> list[str]:
+        return [method for method, options in asked.items() if option in options]
+
+    return [
+        *(record("method", name, [*m.options, *shared], [name], m.summary) for name, m in METHODS.items()),
+        *(record("processor", name, [name], takers(name), p.summary) for name, p in PROCESSORS.items()),
+        *(
+            record("proposer", name, ["guesses"] if name != "none" else [], takers("proposer"), p.summary)
+            for name, p in PROPOSERS.items()
+        ),
+    ]
+
+
+def _print(records: list[dict[str, Any]]) -> None:
+    kinds = {
+        "method": ("methods: method=NAME, one of", _options),
+        "processor": ("processors: NAME=VALUE, any of those that the method takes", _takers),
+        "proposer": ("proposers: proposer=NAME, one of; the text stays the same", _takers),
+    }
+    for kind, (title, details) in kinds.items():
+        rows: list[tuple[str, str]] = []
+        for record in (record for record in records if record["kind"] == kind):
+            lines = [*textwrap.wrap(record["summary"], WIDTH), *textwrap.wrap(details(record), WIDTH)]
+            rows += zip((record["name"], *[""] * len(lines)), lines, strict=False)
+        screen.table(title, ("name", "what it does"), rows)
+        print()
+
+
+def _options(record: dict[str, Any]) -> str:
+    return "with " + ", ".join(f"{name}={default!r}" for name, default in record["options"].items())
+
+
+def _takers(record: dict[str, Any]) -> str:
+    told = f"{_options(record)}; " if record["options"] else ""
+    return f"{told}methods: {', '.join(record['methods'])}"

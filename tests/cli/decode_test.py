@@ -1,0 +1,36 @@
+"""`mlm decode list` leaves nothing out that is registered, on a screen of 100 columns and as JSON."""
+
+import json
+
+from mlm.cli import main
+from mlm.decoding.config import METHODS, DecodeConfig
+from mlm.decoding.processors import PROCESSORS
+from mlm.decoding.proposers import PROPOSERS
+
+
+def shown(capsys, *arguments):
+    assert main.main(["decode", "list", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_every_registered_name_is_listed(capsys):
+    text = shown(capsys)
+    assert max(map(len, text.splitlines())) <= 100
+    first_words = {line.split()[0] for line in text.splitlines() if line.strip() and not line.startswith(" ")}
+    assert {*METHODS, *PROCESSORS, *PROPOSERS} <= first_words
+
+
+def test_a_record_says_what_may_be_given_to_what(capsys):
+    records = json.loads(shown(capsys, "--json"))
+    kinds = {"method": METHODS, "processor": PROCESSORS, "proposer": PROPOSERS}
+    assert [(r["kind"], r["name"]) for r in records] == [(kind, n) for kind, names in kinds.items() for n in names]
+    found = {(r["kind"], r["name"]): r for r in records}
+    assert found["processor", "repetition_penalty"]["methods"] == ["greedy", "sample"]
+    assert found["processor", "no_repeat_ngram"]["methods"] == list(METHODS)
+    assert found["proposer", "input_copy"]["options"] == {"guesses": 8}
+    assert found["method", "diverse_beam"]["options"]["groups"] == 2
+    for record in records:
+        assert record["summary"]
+        if record["kind"] == "method":  # the defaults are the method's own
+            options = record["options"] | {"bad_words": ()}
+            assert DecodeConfig(method=record["name"], **options) == DecodeConfig(method=record["name"])
