@@ -193,7 +193,6 @@ def main():
                 {
                     "peer": f"batch {batch}, {'greedy' if beams == 1 else f'beam {beams}'}: {peer}",
                     "tokens/s": rate,
-                    "cpu seconds": time_["processor_seconds"],
                     "ours is x": rates["ours", batch, beams] / rate,
                     "of bound": rate / bound,
                     "our tokens": same[peer],
