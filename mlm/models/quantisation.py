@@ -2,10 +2,11 @@
 
     s_o = max_i |W_io| / (2^(bits - 1) - 1),   Q = round(W / s),   W' = s Q,   |W - W'| <= s / 2
 
-One scale for each output channel o, shared by its inputs i. Embeddings, norms, biases, routers and the head stay as
-they are. Source: Zeng et al. 2022 (GLM-130B), section 3.4.
+One scale for each output channel o, shared by its inputs i. Embeddings, norms, biases, routers, recurrent units and the
+head stay as they are. Source: Zeng et al. 2022 (GLM-130B), section 3.4.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,15 +22,11 @@ from mlm.types import Params, PyTree
 
 BITS = {"int8": 8, "int4": 4}
 
-# Input axes of every matrix, counted from the end: absmax runs over them.
+# Matrix by the end of its path -> its input axes, counted from the end: absmax runs over them.
 _INPUTS: Mapping[str, tuple[int, ...]] = {
-    "query": (-3,),
-    "key": (-3,),
-    "value": (-3,),
-    "out": (-3, -2),
-    "gate": (-2,),
-    "up": (-2,),
-    "down": (-2,),
+    r".*_attention(_\d+)?/(query|key|value)": (-3,),
+    r".*_attention(_\d+)?/out": (-3, -2),
+    r".*(ffn|moe)(_\d+)?(/shared)?/(gate|up|down)": (-2,),
 }
 
 
@@ -74,9 +71,8 @@ def quantised(params: Params, kind: str) -> Params:
     check_choice("quantised", "kind", kind, tuple(BITS))
 
     def leaf(name: str, weights: Array) -> Array | Quantised:
-        inputs = _INPUTS.get(name.rpartition("/")[2])
-        # The tables and the head of a model lie outside of its stacks.
-        return weights if inputs is None or "/" not in name else _matrix(name, weights, inputs, BITS[kind])
+        inputs = next((axes for pattern, axes in _INPUTS.items() if re.fullmatch(pattern, name)), None)
+        return weights if inputs is None else _matrix(name, weights, inputs, BITS[kind])
 
     return map_named(leaf, params)
 

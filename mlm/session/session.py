@@ -111,8 +111,8 @@ class Session:
         """Decoded texts, in order; with n_best > 1 a list of texts for each, best first.
 
         to: language to write. Without it a text may hold special tokens, as in "The <extra_id_0> sat on the mat".
-        from_: language of the texts. options: those of `DecodeConfig`: beams, alpha, n_best, temperature, top_k, top_p,
-        max_length, seed, …
+        from_: language of the texts. method, options: those of `DecodeConfig`: beams, alpha, n_best, temperature,
+        top_k, top_p, no_repeat_ngram, bad_words, proposer, max_length, seed, …; `mlm decode list` names them all.
         Raises ValueError for an empty text, a missing language, or one that the model is not told, KeyError for a
         language without a token or an unknown method.
         """

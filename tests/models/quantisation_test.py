@@ -11,7 +11,7 @@ from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.models.families import sparse, t5_style
 from mlm.models.quantisation import Quantised, packed, quantised, unpacked
-from mlm.models.specs import RouterSpec
+from mlm.models.specs import AttentionSpec, LayerSpec, RecurrentSpec, RouterSpec
 from mlm.models.transformer import Transformer
 from mlm.parallel import MeshConfig, MeshPlacement, batch_sharding, make_mesh, shardings
 from mlm.session.loading import quantised_in_place
@@ -75,6 +75,19 @@ def test_every_matrix_of_the_layers_and_nothing_else(config, kind):
         outputs = original.shape[-2:] if part in ("query", "key", "value") else original.shape[-1:]
         copies = original.shape[: 2 if "/moe/" in name else 1]
         assert leaf.scale.size == np.prod((*copies, *outputs)), name
+
+
+def test_a_layer_of_recurrent_units_stays_as_it_is():
+    """Its matrices have the names of attention's, and other axes."""
+    own = AttentionSpec(source="self", heads=2, head_dim=4)
+    recurrent = RecurrentSpec(width=6, attends=True, alignment=4)
+    stack = dataclasses.replace(T5.decoder, group=(LayerSpec(sublayers=(own, recurrent)),), repeats=2)
+    model, params = made(dataclasses.replace(T5, decoder=stack))
+    found = quantised(params, "int8")
+    layer = found["decoder"]["layers"]["0"]
+    assert all(not is_quantised(leaf) for leaf in jax.tree.leaves(layer["recurrent"], is_leaf=is_quantised))
+    assert is_quantised(layer["self_attention"]["query"])
+    np.testing.assert_array_equal(logits_of(model, found, BATCH), logits_of(model, dense(found), BATCH))
 
 
 def test_two_values_share_a_byte():
