@@ -161,6 +161,7 @@ MEMBERS = {
     "moe": moe,
     "moe_kit": moe_kit,
 }
+TELLING = {"t5", "t5gemma2", "nllb", "deep", "llama", "xlm_r", "moe", "languages", "rnnsearch", "seqpe"}
 ENCODERS = {"languages_alone", "xlm_r", "xlm_r_xl", "eurobert"}
 batch_of = partial(rows.batch_of, source_length=S, target_length=T)
 ROWS = [([5, 6, 7, 8, 9, 10, 11, 1], [3, 4, 5, 6, 7, 1]), ([11, 12, 13, 1], [14, 15, 1])]
@@ -175,18 +176,23 @@ def made(name):
     return model, jax.tree.map(draw, model.shapes())
 
 
-@pytest.fixture(params=sorted(MEMBERS))
+def each(names):
+    """Members as parameters; those that add little to the others are slow tests."""
+    return [n if n in TELLING else pytest.param(n, marks=pytest.mark.slow) for n in sorted(names)]
+
+
+@pytest.fixture(params=each(MEMBERS))
 def member(request):
     return made(request.param)
 
 
-@pytest.fixture(params=sorted(MEMBERS.keys() - ENCODERS))
+@pytest.fixture(params=each(MEMBERS.keys() - ENCODERS))
 def speaker(request):
     """A member with a decoder."""
     return made(request.param)
 
 
-@pytest.fixture(params=sorted(ENCODERS))
+@pytest.fixture(params=each(ENCODERS))
 def reader(request):
     """An encoder alone."""
     return made(request.param)
@@ -324,7 +330,7 @@ def test_cached_blocks_equal_the_whole(speaker, blocks):
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(MEMBERS.keys() - {"seqpe"}))
+@pytest.mark.parametrize("name", each(MEMBERS.keys() - {"seqpe"}))
 def test_blockwise_attention_equals_plain_in_value_and_gradient(name, monkeypatch):
     """Two examples and padding in a row of three blocks; a decoder alone also has a prefix, if it can read one."""
     monkeypatch.setattr(blockwise, "BLOCK", 8)
