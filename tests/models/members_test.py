@@ -176,9 +176,9 @@ def made(name):
     return model, jax.tree.map(draw, model.shapes())
 
 
-def each(names):
+def each(names, telling=TELLING):
     """Members as parameters; those that add little to the others are slow tests."""
-    return [n if n in TELLING else pytest.param(n, marks=pytest.mark.slow) for n in sorted(names)]
+    return [n if n in telling else pytest.param(n, marks=pytest.mark.slow) for n in sorted(names)]
 
 
 @pytest.fixture(params=each(MEMBERS))
@@ -330,7 +330,7 @@ def test_cached_blocks_equal_the_whole(speaker, blocks):
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", each(MEMBERS.keys() - {"seqpe"}))
+@pytest.mark.parametrize("name", each(MEMBERS.keys() - {"seqpe"}, telling={"t5", "t5gemma2", "moe"}))
 def test_blockwise_attention_equals_plain_in_value_and_gradient(name, monkeypatch):
     """Two examples and padding in a row of three blocks; a decoder alone also has a prefix, if it can read one."""
     monkeypatch.setattr(blockwise, "BLOCK", 8)

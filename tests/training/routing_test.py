@@ -40,10 +40,15 @@ def alone(request):
 
 
 MESHES = [
-    {"data": 2, "expert": 4},
     {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"replica": 2, "data": 1, "expert": 4},
+    *(
+        pytest.param(sizes, marks=pytest.mark.slow)
+        for sizes in (
+            {"data": 2, "expert": 4},
+            {"data": 2, "fsdp": 2, "tensor": 2},
+            {"replica": 2, "data": 1, "expert": 4},
+        )
+    ),
 ]
 
 

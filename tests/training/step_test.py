@@ -50,12 +50,17 @@ def test_packing_does_not_change_the_update():
 
 
 MESHES = [
-    {"data": 8},
-    {"data": 1, "fsdp": 8},
     {"data": 2, "fsdp": 2, "tensor": 2},
-    {"data": 2, "tensor": 4},
     {"data": 2, "expert": 2, "fsdp": 2},
-    {"replica": 2, "data": 2, "tensor": 2},
+    *(
+        pytest.param(sizes, marks=pytest.mark.slow)
+        for sizes in (
+            {"data": 8},
+            {"data": 1, "fsdp": 8},
+            {"data": 2, "tensor": 4},
+            {"replica": 2, "data": 2, "tensor": 2},
+        )
+    ),
 ]
 
 
@@ -69,7 +74,9 @@ def test_any_mesh_gives_the_numbers_of_one_device(sizes):
     assert_same(metrics["loss"], want_metrics["loss"])
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize(
+    "name", [n if n == "adafactor" else pytest.param(n, marks=pytest.mark.slow) for n in sorted(OPTIMIZERS)]
+)
 def test_every_optimizer_gives_the_numbers_of_one_device(name):
     """Statistics over whole matrices must not become statistics over a device's part of them."""
     optimizer = make_optimizer(name, learning_rate=0.05)
