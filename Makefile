@@ -31,7 +31,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow and not parity" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 # Conversions against PyTorch and transformers themselves, which the [parity] extra brings.
 parity: $(VENV)/.parity
