@@ -13,6 +13,7 @@ nothing.
 import argparse
 import tempfile
 import time
+from functools import partial
 
 from timing import Peer, environment, huge_pages, measure, pin_threads, report
 
@@ -140,23 +141,13 @@ def bytes_of_a_pass(name, batch, beams):
     read = sum(
         leaf.size * 4
         for path, leaf in named_leaves(Transformer(config).shapes())
-        if path in ("head", "embedding" if config.head.kind == "tied" else "head")
+        if path == ("embedding" if config.head.kind == "tied" else "head")
         # Keys and values of the source are made once.
         or (path.startswith("decoder/") and not path.endswith(("cross_attention/key", "cross_attention/value")))
     )
     own = config.decoder.attentions()[0]
     row = 2 * 4 * config.decoder.layers * own.key_heads * own.head_dim
     return read + row * batch * (SOURCE + beams * NEW / 2)
-
-
-class _Timed:
-    """A peer asked for one batch size and number of beams."""
-
-    def __init__(self, peer, *arguments):
-        self._peer, self._arguments = peer, arguments
-
-    def __call__(self):
-        self._peer(*self._arguments)
 
 
 def main():
@@ -185,7 +176,7 @@ def main():
                 raise ValueError(
                     f"{peer} writes other tokens at batch {batch}, beams {beams}: {same[peer]:.3f} are ours"
                 )
-        times = measure({peer: _Timed(call, batch, beams) for peer, call in peers.items()}, options.repeats)
+        times = measure({peer: partial(call, batch, beams) for peer, call in peers.items()}, options.repeats)
         bound = bytes_per_second / bytes_of_a_pass(name, batch, beams) * batch
         for peer, time_ in times.items():
             rate = rates[peer, batch, beams] = batch * NEW / time_["seconds"]

@@ -10,9 +10,9 @@ behind the same tokens, both choose the same.
 """
 
 import argparse
-import time
+from functools import partial
 
-from timing import environment, huge_pages, pin_threads, report
+from timing import environment, huge_pages, measure, pin_threads, report
 
 huge_pages()
 pin_threads(2)
@@ -102,16 +102,11 @@ def main():
     for name, tokens in written.items():
         if not np.array_equal(tokens, written["none"]):
             raise ValueError(f"{name} writes other tokens than one token a pass does; nothing was timed")
-    seconds = {name: [] for name in generators}
-    for _ in range(options.repeats):
-        for name in generators:
-            start = time.perf_counter()
-            correct(name)
-            seconds[name].append(time.perf_counter() - start)
+    times = measure({name: partial(correct, name) for name in generators}, options.repeats)
     tokens = sum(int(one.lengths.sum()) for one in found["none"])
     rows = []
     for name, results in found.items():
-        passes, spent = sum(int(one.passes) for one in results), float(np.median(seconds[name]))
+        passes, spent = sum(int(one.passes) for one in results), times[name]["seconds"]
         rows.append(
             {
                 "proposer": name,
@@ -119,7 +114,7 @@ def main():
                 "tokens a pass": tokens / passes,
                 "x fewer passes": sum(int(one.passes) for one in found["none"]) / passes,
                 "tokens/s": tokens / spent,
-                "x faster": float(np.median(seconds["none"])) / spent,
+                "x faster": times["none"]["seconds"] / spent,
             }
         )
     a = agreement(models.values(), sources, written["none"])

@@ -228,8 +228,8 @@ def run(shape, experts, k, repeats, without):
                 check(results, name)
     work = 4 * k * shape["rows"] * shape["tokens"] * shape["width"] * shape["hidden"] / 1e9
     threads = peers["ours, dropless"].facts["threads"] or 1
-    forward = measure({n: _Timed(p, "forward") for n, p in peers.items()}, repeats)
-    both = measure({n: _Timed(p, "both") for n, p in peers.items()}, repeats)
+    forward = measure({n: partial(p, "forward") for n, p in peers.items()}, repeats)
+    both = measure({n: partial(p, "both") for n, p in peers.items()}, repeats)
     unit = "GF/s per core" if shape == CPU else "GF/s"
     return [
         {
@@ -242,16 +242,6 @@ def run(shape, experts, k, repeats, without):
         }
         for name, peer in peers.items()
     ]
-
-
-class _Timed:
-    """A peer asked for one kind of work."""
-
-    def __init__(self, peer, kind):
-        self._peer, self._kind = peer, kind
-
-    def __call__(self):
-        return self._peer(self._kind)
 
 
 def main():

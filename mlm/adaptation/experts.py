@@ -166,7 +166,7 @@ def _fewer(stack: StackConfig, experts: int) -> StackConfig:
             return spec
         return replace(spec, router=replace(spec.router, experts=experts))
 
-    return replace(stack, group=tuple(LayerSpec(sublayers=tuple(map(sublayer, g.sublayers))) for g in stack.group))
+    return stack.mapped(sublayer)
 
 
 def _stack(config: ModelConfig, name: str) -> StackConfig:

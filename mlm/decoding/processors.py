@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mlm.decoding.ranking import top_k as largest
-from mlm.decoding.state import DEAD, NEG_INF, Processor, State
+from mlm.decoding.state import DEAD, NEG_INF, Processor, State, newest, shifted
 from mlm.registry import Registry
 from mlm.types import EOS_ID
 
@@ -39,11 +39,9 @@ def no_repeat_ngram(n: int) -> Processor:
     """Forbids what would complete an n-gram of the row's prefix. Source: Paulus et al. 2017 (arXiv:1705.04304)."""
 
     def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
-        size = state.tokens.shape[1]
         follows = _written(state)  # positions behind an occurrence of the newest n - 1 tokens
         for back in range(1, n):
-            before = jnp.pad(state.tokens, ((0, 0), (back, 0)), constant_values=-1)[:, :size]
-            follows = follows & (before == _newest(state, back)[:, None])
+            follows = follows & (shifted(state.tokens, back) == newest(state, back)[:, None])
         return jnp.where(_mark(state.tokens, follows, logits.shape[-1]), NEG_INF, logits)
 
     return process
@@ -61,7 +59,7 @@ def bad_words(phrases: tuple[tuple[int, ...], ...]) -> Processor:
         begun = jnp.ones((logits.shape[0], len(phrases)), bool)
         for back in range(1, longest):
             wanted = begins[None, :, -back]
-            begun = begun & ((wanted == -1) | (wanted == _newest(state, back)[:, None]))
+            begun = begun & ((wanted == -1) | (wanted == newest(state, back)[:, None]))
         tokens = jnp.broadcast_to(last, begun.shape)
         return jnp.where(_mark(tokens, begun, logits.shape[-1]), NEG_INF, logits)
 
@@ -226,13 +224,6 @@ def _bits(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
 
 def _written(state: State) -> Bool[Array, "R T"]:
     return jnp.arange(state.tokens.shape[1])[None] < state.length[:, None]
-
-
-def _newest(state: State, back: int) -> Int[Array, "R"]:
-    """The token `back` places before the one to come; -2: the row is shorter."""
-    index = (state.length - back)[:, None]
-    token = jnp.take_along_axis(state.tokens, jnp.maximum(index, 0), axis=1)
-    return jnp.where(index >= 0, token, -2)[:, 0]
 
 
 def _mark(tokens: Int[Array, "R N"], flag: Bool[Array, "R N"], vocab: int) -> Bool[Array, "R V"]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mlm.decoding.state import Extend, Proposer, State, Step
+from mlm.decoding.state import Extend, Proposer, State, Step, newest, shifted
 from mlm.registry import Registry
 from mlm.types import PyTree
 
@@ -71,10 +71,7 @@ class InputCopy(NoGuesses):
         positions = jnp.arange(self.sources.shape[1])[None]
         ends = positions < self.lengths[:, None]  # where the written tokens may end in the source
         for n in range(1, MATCHED + 1):
-            index = state.length - n
-            written = jnp.take_along_axis(state.tokens, jnp.maximum(index, 0)[:, None], axis=1)
-            shifted = jnp.pad(self.sources, ((0, 0), (n - 1, 0)), constant_values=-1)[:, : self.sources.shape[1]]
-            ends = ends & (shifted == written) & (index >= 0)[:, None]
+            ends = ends & (shifted(self.sources, n - 1) == newest(state, n)[:, None])
             count = jnp.sum(ends, axis=1)
             found = jnp.max(jnp.where(ends, positions + 1, -1), axis=1)
             place = jnp.where(open_ & (count == 1), found, place)

@@ -103,6 +103,18 @@ Processor = Callable[[Float[Array, "R V"], State], Float[Array, "R V"]]
 Step = Callable[[Int[Array, "R Q"], PyTree], tuple[Array, Array, PyTree]]
 
 
+def newest(state: State, back: int) -> Int[Array, "R"]:
+    """The token `back` places before the one to come; -2: the row is shorter."""
+    index = (state.length - back)[:, None]
+    token = jnp.take_along_axis(state.tokens, jnp.maximum(index, 0), axis=1)
+    return jnp.where(index >= 0, token, -2)[:, 0]
+
+
+def shifted(tokens: Int[Array, "R N"], places: int) -> Int[Array, "R N"]:
+    """Each token so many places later, -1 in front."""
+    return jnp.pad(tokens, ((0, 0), (places, 0)), constant_values=-1)[:, : tokens.shape[1]]
+
+
 def token_log_prob(logits: Float[Array, "R V"], token: Int[Array, "R"]) -> Float[Array, "R"]:
     """log softmax(logits)[token], in nats, without the [R, V] table of the others."""
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]

@@ -66,10 +66,7 @@ def adjusted(config: ModelConfig, *, eps: float, buckets: int, max_distance: int
         return dataclasses.replace(spec, position=position)
 
     def stack(own):
-        group = tuple(
-            dataclasses.replace(layer, sublayers=tuple(map(sublayer, layer.sublayers))) for layer in own.group
-        )
-        return dataclasses.replace(own, group=group, norm=dataclasses.replace(own.norm, eps=eps))
+        return dataclasses.replace(own.mapped(sublayer), norm=dataclasses.replace(own.norm, eps=eps))
 
     return dataclasses.replace(config, **{name: stack(own) for name, own in config.stacks().items()})
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from mlm.models.config import ModelConfig
-from mlm.models.specs import FFNSpec, LayerSpec, RouterSpec, SublayerSpec
+from mlm.models.specs import FFNSpec, RouterSpec, SublayerSpec
 
 
 def mathematics(config: ModelConfig) -> ModelConfig:
@@ -13,10 +13,14 @@ def mathematics(config: ModelConfig) -> ModelConfig:
     def plain(stack):
         embedding = dataclasses.replace(stack.embedding, gradient=1.0)
         residual = dataclasses.replace(stack.residual, gain=1.0, depth_exponent=0.0)
-        group = tuple(LayerSpec(sublayers=tuple(map(_plain_routes, layer.sublayers))) for layer in stack.group)
-        stack = dataclasses.replace(stack, group=group)
         return dataclasses.replace(
-            stack, dropout=0.0, remat="none", scan=True, attention="plain", embedding=embedding, residual=residual
+            stack.mapped(_plain_routes),
+            dropout=0.0,
+            remat="none",
+            scan=True,
+            attention="plain",
+            embedding=embedding,
+            residual=residual,
         )
 
     stacks = {name: plain(stack) for name, stack in config.stacks().items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,11 @@ class StackConfig:
                     f"StackConfig: priority='choice' with k={router.k} lets first choices of later tokens displace "
                     "second choices of earlier ones, so a decoder would see the future; use priority='token'"
                 )
+
+    def mapped(self, sublayer: Callable[[SublayerSpec], SublayerSpec]) -> "StackConfig":
+        """The stack with what the function makes of every sublayer."""
+        group = tuple(LayerSpec(sublayers=tuple(map(sublayer, layer.sublayers))) for layer in self.group)
+        return dataclasses.replace(self, group=group)
 
     @property
     def layers(self) -> int:
@@ -312,12 +318,7 @@ def positioned(config: ModelConfig, position: PositionSpec) -> ModelConfig:
             return dataclasses.replace(spec, position=position)
         return spec
 
-    stacks: dict[str, Any] = {
-        name: dataclasses.replace(
-            own, group=tuple(LayerSpec(sublayers=tuple(map(sublayer, g.sublayers))) for g in own.group)
-        )
-        for name, own in config.stacks().items()
-    }
+    stacks: dict[str, Any] = {name: own.mapped(sublayer) for name, own in config.stacks().items()}
     return dataclasses.replace(config, **stacks)
 
 

@@ -50,11 +50,7 @@ def windowed(config, size):
     def narrow(sublayer):
         return dataclasses.replace(sublayer, window=size) if getattr(sublayer, "window", None) else sublayer
 
-    def stack(own):
-        group = tuple(LayerSpec(sublayers=tuple(map(narrow, layer.sublayers))) for layer in own.group)
-        return dataclasses.replace(own, group=group)
-
-    return dataclasses.replace(config, **{name: stack(own) for name, own in config.stacks().items()})
+    return dataclasses.replace(config, **{name: own.mapped(narrow) for name, own in config.stacks().items()})
 
 
 def deep():

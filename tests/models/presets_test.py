@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlm.models.presets import PRESETS, preset
-from mlm.models.specs import AttentionSpec, LayerSpec, RecurrentSpec
+from mlm.models.specs import AttentionSpec, RecurrentSpec
 from mlm.models.transformer import Transformer
 from mlm.objectives import token_cross_entropy
 from mlm.parallel import MeshConfig, MeshPlacement, batch_sharding, global_batch, make_mesh, shardings
@@ -38,7 +38,6 @@ def small(name):
     config = preset(name, vocab_size=V, dropout=0.0)
 
     def stack(own):
-        group = tuple(LayerSpec(sublayers=tuple(map(_sublayer, layer.sublayers))) for layer in own.group)
         embedding = dataclasses.replace(
             own.embedding, length=own.embedding.length and S, multiply=_like(own.embedding.multiply, 4.0)
         )
@@ -46,7 +45,7 @@ def small(name):
             own.residual, alpha=_like(own.residual.alpha, 1.5), gain=_like(own.residual.gain, 0.5)
         )
         repeats = min(own.repeats, 2)
-        return dataclasses.replace(own, group=group, repeats=repeats, embedding=embedding, residual=residual)
+        return dataclasses.replace(own.mapped(_sublayer), repeats=repeats, embedding=embedding, residual=residual)
 
     width = WIDER if config.encoder_width and config.encoder_width != config.d_model else None
     stacks = {name: stack(own) for name, own in config.stacks().items()}
@@ -197,10 +196,4 @@ def _undropped(config):
             spec, router=dataclasses.replace(router, capacity=None, eval_capacity=None, group_rows=1, priority="token")
         )
 
-    stacks = {
-        name: dataclasses.replace(
-            own, group=tuple(LayerSpec(sublayers=tuple(map(free, layer.sublayers))) for layer in own.group)
-        )
-        for name, own in config.stacks().items()
-    }
-    return dataclasses.replace(config, **stacks)
+    return dataclasses.replace(config, **{name: own.mapped(free) for name, own in config.stacks().items()})
