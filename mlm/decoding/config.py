@@ -43,7 +43,8 @@ METHODS: Registry[Method] = Registry(
     ),
 )
 # What forbids tokens and reshapes nothing means something to every method.
-ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words")
+ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words", "stop")
+PHRASES = ("bad_words", "stop")  # options that are phrases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ class DecodeConfig:
     repetition_penalty: float = 1.0  # 1: off
     no_repeat_ngram: int = 0  # n-grams that may not occur twice; 0: off
     bad_words: tuple[tuple[int, ...], ...] = ()  # phrases of token ids that may not be written
+    stop: tuple[tuple[int, ...], ...] = ()  # phrases of token ids behind which a text ends, as behind EOS
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
     guesses: int = 8  # tokens guessed a pass
@@ -96,11 +98,13 @@ class DecodeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
                 raise ValueError(f"{name}={value!r} must be {rule}")
-        if not isinstance(self.bad_words, tuple) or not all(map(_phrase, self.bad_words)):
-            raise ValueError(
-                f"bad_words={self.bad_words!r} must be a tuple of phrases, each a tuple of one token id or more, as "
-                "((17, 4), (23,))"
-            )
+        for name in PHRASES:
+            phrases = getattr(self, name)
+            if not isinstance(phrases, tuple) or not all(map(_phrase, phrases)):
+                raise ValueError(
+                    f"{name}={phrases!r} must be a tuple of phrases, each a tuple of one token id or more, as "
+                    "((17, 4), (23,))"
+                )
         if self.min_length > self.max_length:
             raise ValueError(f"min_length={self.min_length} exceeds max_length={self.max_length}")
         if self.method == "diverse_beam" and self.beams % self.groups:

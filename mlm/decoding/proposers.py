@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from mlm.decoding.state import Extend, Proposer, State, Step, newest, shifted
+from mlm.models.tree import Tree, chain
 from mlm.registry import Registry
 from mlm.types import PyTree
 
@@ -29,7 +30,7 @@ class Inputs(NamedTuple):
 class NoGuesses:
     """One token a pass."""
 
-    width = 0
+    tree = chain(0)
 
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
         return ()
@@ -56,6 +57,10 @@ class InputCopy(NoGuesses):
     sources: Int[Array, "R S"]
     lengths: Int[Array, "R"]
     width: int = 8
+
+    @property
+    def tree(self) -> Tree:
+        return chain(self.width)
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
         place = jnp.where(state.length == state.start, 0, self._place(state))
@@ -91,8 +96,12 @@ class DraftModel(NoGuesses):
     cache: PyTree  # empty; slots for width + 1 tokens beyond the longest row
     width: int = 4
 
+    @property
+    def tree(self) -> Tree:
+        return chain(self.width)
+
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
-        cache = self.cache if read is None else self.step(read, self.cache)[2]
+        cache = self.cache if read is None else self.step(read, self.cache)[1]
         return {**cache, "length": cache["length"] + length}
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
@@ -101,8 +110,8 @@ class DraftModel(NoGuesses):
         def guess(carry: tuple[State, PyTree], _: None) -> tuple[tuple[State, PyTree], Array]:
             state, cache = carry
             active = ~state.done
-            logits, _, cache = self.step(state.pending[:, None], cache)
-            state = extend(state, logits[:, 0], active)
+            read, cache = self.step(state.pending[:, None], cache)
+            state = extend(state, read.logits[:, 0], active)
             return (state, {**cache, "length": cache["length"] + 1}), jnp.where(active, state.pending, -1)
 
         # One step more than guesses: the last guess, too, must be in the draft's cache should it be right.

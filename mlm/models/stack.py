@@ -22,6 +22,7 @@ from mlm.models.routing import rebalanced
 from mlm.models.seqpe import PositionReader, Reading, bias
 from mlm.models.sight import Sight
 from mlm.models.specs import FFNSpec, LayerSpec
+from mlm.models.tree import Tree
 from mlm.models.view import View, slots_of
 from mlm.types import Hidden, Params, Placement, PyTree, Segments, SourceHidden, SourceSegments
 
@@ -266,16 +267,22 @@ class Stack:
         cache: PyTree,
         placement: Placement,
         prefix: Bool[Array, "R Q"] | None = None,
+        tree: Tree | None = None,
     ) -> tuple[Float[Array, "R Q D"], tuple[PyTree, ...]]:
         """Final normed states of a block of Q positions per row, and the self slots with the block written.
 
-        prefix: positions of the block that see each other both ways.
+        prefix: positions of the block that see each other both ways. tree: of its nodes, whose depths are their places.
         """
         config, frame = self.config, self._bind_frame(params)
+        if tree is not None and not config.branches():
+            raise ValueError(
+                "a stack with recurrent units, or whose positions are read as digits, takes chains of guesses only: "
+                "what it makes of a token depends on the slot before it"
+            )
         slots = jax.tree.leaves(cache["self"])[0].shape[2]
         start, block = cache["length"], rows.shape[1]
-        at = start[:, None] + jnp.arange(block)
-        own = Sight(shape=(block, slots), start=start, causal=config.causal)
+        at = start[:, None] + (jnp.arange(block) if tree is None else tree.depth)
+        own = Sight(shape=(block, slots), start=start, causal=config.causal, tree=tree)
         if prefix is not None:
             own = replace(own, prefix=(prefix, slots_of(prefix, start, slots)))
         source = cache.get("source_mask")

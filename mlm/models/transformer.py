@@ -19,6 +19,7 @@ from mlm.models.paths import path_of
 from mlm.models.routing import Routed
 from mlm.models.specs import EmbeddingSpec, NormSpec
 from mlm.models.stack import Stack
+from mlm.models.tree import Tree
 from mlm.registry import nearest
 from mlm.types import (
     ONE_DEVICE,
@@ -348,16 +349,22 @@ class Transformer:
         return cache if to is None else {**cache, "languages": jnp.repeat(to[:, 0], rows // to.shape[0])}
 
     def step(
-        self, params: Params, tokens: Int[Array, "R Q"], cache: PyTree, prefix: Bool[Array, "R Q"] | None = None
+        self,
+        params: Params,
+        tokens: Int[Array, "R Q"],
+        cache: PyTree,
+        prefix: Bool[Array, "R Q"] | None = None,
+        tree: Tree | None = None,
     ) -> tuple[Float[Array, "R Q V"], Float[Array, "R Q D"], PyTree]:
         """(logits, states, cache) of the next Q tokens of every row, causal inside the block, but for the tokens of a
-        prefix, which see each other and so must come in one block.
+        prefix, which see each other and so must come in one block. tree: of Q nodes, each of which sees what is in the
+        cache and its own ancestors; a chain where there is none.
 
         Their keys stand in slots length, length + 1, …; "length" itself is not advanced, so a caller commits n of the
         Q tokens by adding n to it, and rolls back by not adding. length + Q must not exceed the slots.
         """
         rows = self._rows(params, "decoder", tokens)
-        hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self._placement, prefix)
+        hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self._placement, prefix, tree)
         hidden = self._offset(params, hidden, cache["languages"][:, None] if "languages" in cache else None)
         return self.logits(params, hidden), hidden, {**cache, "self": own}
 

@@ -43,7 +43,8 @@ def test_the_input_copied(tiny, sources, method, prompts):
     config = DecodeConfig(max_length=LENGTH, proposer="input_copy", guesses=3, **METHODS[method])
     guessed = tiny.decode(config, sources, prompts=prompts)
     same(guessed, plain)
-    assert 0 < guessed.passes <= plain.passes
+    assert (guessed.passes > 0).all()
+    assert (guessed.passes <= plain.passes).all()
 
 
 def test_the_input_copied_by_a_model_that_counts(make_tiny):
@@ -60,7 +61,7 @@ def test_the_input_copied_by_a_model_that_counts(make_tiny):
     guessed = tiny.decode(DecodeConfig(proposer="input_copy", guesses=5, **options), [source], prompts=[[2]])
     assert plain.tokens[0, 0].tolist() == source
     same(guessed, plain)
-    assert (plain.passes, guessed.passes) == (7, 2)
+    assert (plain.passes.tolist(), guessed.passes.tolist()) == ([7], [2])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -74,7 +75,7 @@ def test_a_draft_model(tiny, draft, sources, method, prompts):
         found = generator(tiny.params, sources, prompts=prompts, draft=drafting.params)
         same(found, plain)
     grown = plain.lengths - (0 if prompts is None else np.array([len(p) for p in prompts])[:, None])
-    assert found.passes == -(-grown.max() // 4)
+    assert (found.passes == -(-grown.max(1) // 4)).all()
 
 
 def test_guesses_in_a_mixture_of_experts_and_on_eight_devices(sources):
