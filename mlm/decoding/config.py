@@ -120,6 +120,11 @@ class DecodeConfig:
         return METHODS[self.method].selector(self)
 
     @property
+    def block(self) -> int:
+        """Tokens that a pass reads at most: the newest one, and guesses."""
+        return 1 if self.proposer == "none" else self.guesses + 1
+
+    @property
     def slots(self) -> int:
         """Slots that a cache must have: of the longest row, and of the guesses behind it."""
         return self.max_length + PROPOSERS[self.proposer].blocks * (self.guesses + 1)

@@ -155,7 +155,8 @@ class Generator:
             encoded = model.encode(params, sources, real.astype(jnp.int32), languages=to)
         elif to is not None:
             to = jnp.repeat(to, rows // to.shape[0])
-        cache = model.init_cache(params, encoded, real, rows, self.config.slots, to)
+        block = max(self.config.block, inputs["prompts"].shape[1] if "prompts" in inputs else 1)
+        cache = model.init_cache(params, encoded, real, rows, self.config.slots, to, block)
 
         def step(tokens: Array, cache: PyTree, tree: Tree | None = None) -> tuple[Read, PyTree]:
             logits, hidden, cache = model.step(params, tokens, cache, tree=tree)

@@ -70,8 +70,9 @@ def along(cache: PyTree, tree: Tree, path: Int[Array, "R N"]) -> PyTree:
     if tree.is_chain:
         return cache
 
-    def move(slots: Array, start: Array, path: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(slots, slots[:, start + path], start, axis=1)
+    def move(slots: Array, start: Array, path: Array) -> Array:  # modulo their number, as in a ring
+        to, size = start + jnp.arange(path.size), slots.shape[1]
+        return slots.at[:, to % size].set(slots[:, (start + path) % size])
 
     moved = jax.tree.map(lambda x: jax.vmap(move)(x, cache["length"], path), cache["self"])
     return {**cache, "self": moved}
