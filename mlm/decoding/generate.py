@@ -14,6 +14,7 @@ from mlm.decoding.config import PHRASES, DecodeConfig
 from mlm.decoding.loop import NOTHING, decode
 from mlm.decoding.ngrams import Trigrams
 from mlm.decoding.proposers import PROPOSERS, Inputs
+from mlm.decoding.ranking import cut
 from mlm.decoding.state import NEG_INF, Decoded, Read, Seen, Step
 from mlm.models.transformer import Transformer
 from mlm.models.tree import Tree
@@ -131,19 +132,21 @@ class Generator:
         drafting = None if self.draft is None or draft is None else self._opened(self.draft, draft, inputs)
         group = self.config.selector().group
         sources, lengths = (jnp.repeat(inputs[name], group, axis=0) for name in ("sources", "source_lengths"))
-        return decode(
-            step,
-            cache,
-            self.config,
-            ids=inputs["ids"],
-            limits=inputs["limits"],
-            prompts=inputs.get("prompts"),
-            prompt_lengths=inputs.get("prompt_lengths"),
-            given=inputs.get("given", NOTHING),
-            proposer=PROPOSERS[self.config.proposer].make(
-                Inputs(sources, lengths, drafting, table), self.config.guesses, self.config.branches
-            ),
-        )
+        proposer = PROPOSERS[self.config.proposer]
+        with cut(self.model.placement.pieces("vocab")):
+            return decode(
+                step,
+                cache,
+                self.config,
+                ids=inputs["ids"],
+                limits=inputs["limits"],
+                prompts=inputs.get("prompts"),
+                prompt_lengths=inputs.get("prompt_lengths"),
+                given=inputs.get("given", NOTHING),
+                proposer=proposer.make(
+                    Inputs(sources, lengths, drafting, table), self.config.guesses, self.config.branches
+                ),
+            )
 
     def _opened(self, model: Transformer, params: Params, inputs: Mapping[str, Any]) -> tuple[Step, PyTree]:
         """A model's step over the sources it has read, and its empty cache."""

@@ -126,7 +126,7 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, placement: Placement = ONE_DEVICE):
         self.config = config
-        self._placement = placement
+        self.placement = placement
         self._dtype = jnp.dtype(config.dtype)
         for stack in config.stacks().values():
             path_of(stack, config.dtype)  # refuses what does not fit before anything is traced
@@ -136,7 +136,7 @@ class Transformer:
 
     def starting_with(self, token: int) -> "Transformer":
         """The same, but that its decoder reads this token first."""
-        return Transformer(replace(self.config, start_token=token), self._placement)
+        return Transformer(replace(self.config, start_token=token), self.placement)
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters: {"embedding", "head", "encoder": {...}, "decoder": {...}}, those that there are."""
@@ -187,7 +187,7 @@ class Transformer:
             its = Pass(
                 real=own > 0,
                 rate=self.config.stacks()[stack].dropout,
-                placement=self._placement,
+                placement=self.placement,
                 languages=batch[f"{stack}_language_ids"] if languages else None,
                 language_count=languages,
                 target_languages=to.get(stack),
@@ -242,7 +242,7 @@ class Transformer:
         its = Pass(
             real=segments > 0,
             rate=self.config.stacks()["encoder"].dropout,
-            placement=self._placement,
+            placement=self.placement,
             target_languages=self._checked(languages),
         )
         rows = self._rows(params, "encoder", tokens)
@@ -368,7 +368,7 @@ class Transformer:
         exceed the positions that the cache was made for.
         """
         rows = self._rows(params, "decoder", tokens)
-        hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self._placement, prefix, tree)
+        hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self.placement, prefix, tree)
         hidden = self._offset(params, hidden, cache["languages"][:, None] if "languages" in cache else None)
         return self.logits(params, hidden), hidden, {**cache, "self": own}
 
@@ -405,7 +405,7 @@ class Transformer:
 
     def _bridged(self, params: Params, memory: SourceHidden | None, to: Int[Array, "B #S"] | None) -> Any:
         """The encoder's states as the decoder reads them."""
-        return self._bind_ends(params).bridge(memory, to, self._placement) if self.config.bridge else memory
+        return self._bind_ends(params).bridge(memory, to, self.placement) if self.config.bridge else memory
 
     def _offset(self, params: Params, hidden: Hidden, to: Int[Array, "B #T"] | None) -> Hidden:
         return self._bind_ends(params).offsets(hidden, to) if self.config.head.offsets else hidden
