@@ -44,10 +44,8 @@ def fit_energy(
     asked = session.ask(texts, to, "sample", from_=from_, language_token=language_token, n_best=n_best, **options)
     check_pure(asked.generator.config)
     found = session.answer(asked)
-    before = [
-        source if skip > len(asked.frame.prompt) else []
-        for skip, source in zip(asked.skips, asked.sources, strict=True)
-    ]
+    alone = session.config.encoder is None  # its results begin with their sources
+    before = [source if alone else [] for source in asked.sources]
     human = [
         [Hypothesis(text, 0.0, [*source, *asked.frame.prompt, *session.tokens(text, to), EOS_ID])]
         for source, (_, text) in zip(before, pairs, strict=True)

@@ -238,7 +238,7 @@ class Session:
         """log P(target, EOS | source) of (source, target) texts, in nats; float32 [pairs]. `to` as in `generate`.
 
         empty: texts may be empty, as a source is where the target itself is asked for: the model as a language model.
-        Raises ValueError for an empty source or target else.
+        Raises ValueError for an empty source or target otherwise.
         """
         frame, pairs = self.frame(to, from_, language_token), list(pairs)
         sources = [s.tokens for s in self._encode([source for source, _ in pairs], to, frame, empty)]

@@ -72,6 +72,13 @@ def test_weights_are_as_good_as_copies():
         np.testing.assert_allclose(way(copies, pool)[[0, 3, 4]], way(pool, pool), rtol=1e-12)
 
 
+def test_all_weight_on_one_reference_is_that_reference():
+    pool, alone = texts(5, 4), np.array([0.0, 0.0, 1.0, 0.0])
+    want = chrf_table(pool, pool)[:, 2]
+    np.testing.assert_allclose(expected_utilities(pool, pool, chrf_table, alone), want)
+    np.testing.assert_allclose(aggregated_chrf(pool, pool, alone), want)
+
+
 def test_of_equal_references_the_mean_is_exact():
     hypotheses, reference = texts(1, 5), texts(2, 1)
     want = chrf_table(hypotheses, reference)[:, 0]
