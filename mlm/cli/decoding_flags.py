@@ -75,6 +75,15 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
 
 
+def add_choose_flag(parser: argparse.ArgumentParser) -> None:
+    """--choose: which of n_best results is the output."""
+    parser.add_argument(
+        "--choose",
+        metavar="NAME[,OPTION=VALUE…]",
+        help="how one of n_best results is chosen, e.g. mbr or mbr,utility=bleu; `mlm decode list` says more",
+    )
+
+
 def add_language_flags(parser: argparse.ArgumentParser) -> None:
     """--to, --from, --language_token: what is written and read, and how the model is told."""
     parser.add_argument(
@@ -146,6 +155,21 @@ def languages(session: Any, flags: argparse.Namespace) -> dict[str, str | None]:
     except (KeyError, ValueError) as error:
         raise UsageError(str(error.args[0])) from error
     return given
+
+
+def chooser(session: Any, flags: argparse.Namespace, told: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """What --choose says, as the session takes it; None without it. told, options: of `languages`, `decode_options`.
+
+    Raises UsageError for an unknown name, options that make no sense, or results that it cannot choose among.
+    """
+    if flags.choose is None:
+        return None
+    from mlm.session.choosing import checked
+
+    try:
+        return checked(flags.choose, session.ask(**told, **options))
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"--choose: {error.args[0]}") from error
 
 
 def _mesh(text: str):

@@ -6,8 +6,9 @@
 
 Killed at any moment, the same command goes on after the last whole chunk of records; no line is lost or repeated, and
 the records are those of an uninterrupted run. A record is {"line", "input", "output", "score"}, with n_best > 1 also
-"alternatives", or {"line", "input", "error"} for a line that is empty or not UTF-8; "trimmed" says that the model could
-not read the whole line. Scores: log-probabilities in nats (for beam search over its length penalty).
+"alternatives", with --choose the "value" of each, by which the output was chosen; or {"line", "input", "error"} for a
+line that is empty or not UTF-8; "trimmed" says that the model could not read the whole line. Scores: log-probabilities
+in nats (for beam search over its length penalty).
 """
 
 import argparse
@@ -37,6 +38,7 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"--input={flags.input} is no file")
     session = decoding_flags.open_session(flags)
     languages = decoding_flags.languages(session, flags)
+    chooser = decoding_flags.chooser(session, flags, languages, options)
     settings = {
         "run": str(session.run.path.absolute()),
         "step": session.step,
@@ -45,6 +47,7 @@ def run(arguments: list[str]) -> int:
         "vocabulary": session.vocabulary.digest,
         **languages,
         **options,
+        **({} if chooser is None else {"choose": _choice(chooser, session)}),
     }
 
     def decode(numbers: list[int], texts: list[str]) -> list[Record]:
@@ -58,7 +61,7 @@ def run(arguments: list[str]) -> int:
                 results[place] = {"error": str(error)}
         # The line's number is the source of its randomness, so that a resumed run draws what the first one would have.
         ids = [numbers[place] for place in places]
-        found = session.decode(sources, **languages, ids=ids, **options)
+        found = session.decode(sources, **languages, ids=ids, choose=chooser, **options)
         for place, source, best in zip(places, sources, found, strict=True):
             results[place] = _result(best) | ({"trimmed": True} if source.trimmed else {})
         return results
@@ -156,9 +159,16 @@ def _decoded(chunk: list[Record], decode: Decode) -> list[Record]:
 
 
 def _result(best: list[Any]) -> Record:
-    first, *others = best
-    record = {"output": first.text, "score": first.score}
-    return record | ({"alternatives": [{"output": h.text, "score": h.score} for h in others]} if others else {})
+    record, *others = [
+        {"output": h.text, "score": h.score} | ({} if h.value is None else {"value": h.value}) for h in best
+    ]
+    return record | ({"alternatives": others} if others else {})
+
+
+def _choice(chooser: Any, session: Any) -> Record:
+    from mlm.session.choosing import settings
+
+    return settings(chooser, session)
 
 
 def _resume(
@@ -244,4 +254,5 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     decoding_flags.add_language_flags(parser)
     decoding_flags.add_model_flags(parser)
     decoding_flags.add_decode_flags(parser)
+    decoding_flags.add_choose_flag(parser)
     return parser.parse_args(arguments)

@@ -3,6 +3,7 @@
     run = mlm.load("runs/quickstart")
     run.generate(["Where is the station?"], to="fr")
     run.generate(texts, to="fr", from_="en")                   # where the model is told both, as NLLB is
+    run.generate(texts, "fr", "sample", n_best=32, choose="mbr")  # one of 32: see mlm.session.choosing
     run.score([("Good morning", "Bonjour")], to="fr")          # log P(target | source), nats
     run.evaluate("tatoeba.translate.en.fr", num_examples=100)  # metrics, loss and bits per byte by language
 

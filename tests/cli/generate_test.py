@@ -27,6 +27,16 @@ def test_several_results_come_with_their_scores(tiny_run, session, capsys):
     assert lines == "\n".join(f"{h.score:.4f}\t{h.text}" for h in want)
 
 
+def test_a_chosen_result_stands_alone_or_first_with_its_value(tiny_run, session, capsys):
+    options = {"method": "sample", "n_best": 3, "max_length": 8}
+    flags = [*(f"--{name}={value}" for name, value in options.items()), "--choose", "mbr,utility=bleu"]
+    (want,) = session.decode("Hi", "uk", **options, choose="mbr,utility=bleu")
+    assert main(["generate", "Hi", "--run_dir", str(tiny_run), "--to", "uk", *flags]) == 0
+    assert capsys.readouterr().out == want[0].text + "\n"
+    assert main(["generate", "Hi", "--run_dir", str(tiny_run), "--to", "uk", *flags, "--scores"]) == 0
+    assert capsys.readouterr().out == "".join(f"{h.value:.4f}\t{h.score:.4f}\t{h.text}\n" for h in want)
+
+
 def test_without_a_language_special_tokens_are_meant(tiny_run, session, capsys):
     assert main(["generate", "The <extra_id_0> sat", "--run_dir", str(tiny_run), "--max_length", "8"]) == 0
     assert capsys.readouterr().out == session.generate("The <extra_id_0> sat", max_length=8)[0] + "\n"
@@ -44,6 +54,8 @@ def test_a_long_text_is_said_to_be_cut(tiny_run, capsys):
         (["Hi", "--to", "frr"], 2, "did you mean"),
         (["Hi", "--to", "fr", "--method", "sample", "--top_p", "2"], 2, "top_p=2.0 must be in (0, 1]"),
         (["Hi", "--to", "fr", "--step", "11"], 1, "complete checkpoints: 10, 20"),
+        (["Hi", "--to", "fr", "--choose", "mbr"], 2, "--choose: there is nothing to choose from one result"),
+        (["Hi", "--to", "fr", "--choose", "mbrr"], 2, "--choose: no way to choose named 'mbrr'"),
     ],
 )
 def test_errors_take_one_line(tiny_run, capsys, flags, code, message):
