@@ -26,8 +26,9 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "repetition_penalty": (float, "greedy, sample: above 1 less of what is there already (default 1, off)"),
     "no_repeat_ngram": (int, "no n-gram of this size twice (default 0, off)"),
     "seed": (int, "sample: seed (default 0)"),
-    "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes: input_copy, draft_model"),
+    "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes; `mlm decode list` names them"),
     "guesses": (int, "tokens guessed a pass (default 8)"),
+    "branches": (int, "guesses behind a guess at most (default 1: a chain; more make a tree)"),
     "max_length": (int, "tokens at most (default: the targets_length of the run)"),
     "min_length": (int, "no end before this token (default 0)"),
 }
@@ -56,6 +57,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--draft", metavar="DIR", help="run of a smaller model of the same vocabulary, which guesses ahead"
+    )
+    parser.add_argument(
+        "--ngram_text",
+        metavar="FILE",
+        help="text like that to be written, a line for each: its trigrams guess ahead (--proposer ngram_table, staged)",
     )
     parser.add_argument("--mesh", default="", metavar="data=4,tensor=2", help="how to split over the devices")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="examples per device call (default 32)")
@@ -114,6 +120,8 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
     if flags.draft:
         given.setdefault("proposer", "draft_model")
+    elif flags.ngram_text:
+        given.setdefault("proposer", "ngram_table")
     try:
         DecodeConfig(method=flags.method, **given)
     except (KeyError, ValueError) as error:
@@ -140,6 +148,7 @@ def open_session(flags: argparse.Namespace):
             batch_size=flags.batch_size,
             quantise=flags.quantise,
             draft=flags.draft,
+            ngram_text=flags.ngram_text,
             best_metric=flags.best_metric,
             best_mode=flags.best_mode,
         )

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -50,6 +51,8 @@ def run(arguments: list[str]) -> int:
         **({} if chooser is None else {"choose": _choice(chooser, session)}),
     }
 
+    rates = Rates()
+
     def decode(numbers: list[int], texts: list[str]) -> list[Record]:
         results: list[Record] = [{} for _ in texts]
         sources, places = [], []
@@ -62,13 +65,17 @@ def run(arguments: list[str]) -> int:
         # The line's number is the source of its randomness, so that a resumed run draws what the first one would have.
         ids = [numbers[place] for place in places]
         found = session.decode(sources, **languages, ids=ids, choose=chooser, **options)
+        rates.tokens += sum(len(best[0].tokens) for best in found if best)
+        rates.passes += sum(best[0].passes for best in found if best)
         for place, source, best in zip(places, sources, found, strict=True):
             results[place] = _result(best) | ({"trimmed": True} if source.trimmed else {})
         return results
 
     output, total = Path(flags.output), None if flags.input == "-" else _count(Path(flags.input))
     with _open(flags.input) as lines:
-        counts = infer(lines, output, settings, decode, total=total, chunk=flags.chunk, overwrite=flags.overwrite)
+        counts = infer(
+            lines, output, settings, decode, total=total, chunk=flags.chunk, overwrite=flags.overwrite, watch=rates
+        )
     if counts is None:
         screen.say(f"{flags.output} is complete already ({flags.output}.completed); --overwrite makes it anew")
     else:
@@ -85,10 +92,12 @@ def infer(
     total: int | None = None,
     chunk: int = 256,
     overwrite: bool = False,
+    watch: Callable[[int], str] = lambda lines: "",
 ) -> dict[str, int] | None:
     """Appends the records that `output` does not hold yet; counts of lines and errors, or None when it was complete.
 
-    total: number of lines, for the bar. chunk: lines that are decoded together and written at once.
+    total: number of lines, for the bar. chunk: lines that are decoded together and written at once. watch: what the bar
+    says after so many lines more.
     Raises Failed when the output, or what a killed run left of it, was made with other settings or from other lines.
     """
     state, marker = (output.with_name(output.name + end) for end in (".settings", ".completed"))
@@ -110,18 +119,32 @@ def infer(
         _write_whole(state, {"settings": dict(settings)})
     if done:
         screen.say(f"{output} holds {done} lines already; going on after them")
-    with open(output, "ab") as file:
-        chunks = None if total is None else -(-(total - done) // chunk)
-        for records in screen.track(_chunks(numbered, decode, chunk), f"{chunk} lines each", chunks):
+    with open(output, "ab") as file, screen.Bar("line", total, done, "compiling …") as bar:
+        for records in _chunks(numbered, decode, chunk):
             file.write(b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records))
             file.flush()
             os.fsync(file.fileno())
             done += len(records)
             errors += sum("error" in record for record in records)
+            bar.show(done, watch(len(records)))
     counts = {"lines": done, "errors": errors}
     _write_whole(marker, {"settings": dict(settings), **counts})
     state.unlink(missing_ok=True)
     return counts
+
+
+class Rates:
+    """Lines and tokens a second since it was made, and tokens that a pass of the decoder confirms, as a text."""
+
+    def __init__(self):
+        self.lines = self.tokens = self.passes = 0
+        self._began = time.perf_counter()
+
+    def __call__(self, lines: int) -> str:
+        self.lines += lines
+        seconds = time.perf_counter() - self._began
+        said = f"{screen.amount(self.lines / seconds)} lines/s  {screen.amount(self.tokens / seconds)} tokens/s"
+        return said + (f"  {self.tokens / self.passes:.2f} tokens/pass" if self.passes else "")
 
 
 def read_line(raw: bytes) -> tuple[str, str | None]:

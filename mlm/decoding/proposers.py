@@ -35,7 +35,9 @@ class Inputs(NamedTuple):
 class NoGuesses:
     """One token a pass."""
 
-    tree = chain(0)
+    @property
+    def tree(self) -> Tree:
+        return chain(0)
 
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
         return ()
@@ -100,7 +102,11 @@ class NGramTable(NoGuesses):
     sources: Int[Array, "R S"]
     lengths: Int[Array, "R"]
     table: Trigrams | None
-    tree: Tree
+    shape: Tree
+
+    @property
+    def tree(self) -> Tree:
+        return self.shape
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
         written = jnp.arange(state.tokens.shape[1])[None] < state.length[:, None]
@@ -165,7 +171,7 @@ class DraftModel(NoGuesses):
 
 @dataclass(frozen=True)
 class DraftTree(NoGuesses):
-    """A tree of what a smaller model would write: at every node its best tokens under the same search and noise.
+    """Shaped as `shape`, what a smaller model would write: at every node its best tokens by the same search and noise.
 
     The draft reads the tree level by level, each time from its root, so its passes are as many as the tree is deep,
     and one. Source: Spector & Ré 2023 (arXiv:2308.04623).
@@ -173,7 +179,11 @@ class DraftTree(NoGuesses):
 
     step: Step
     cache: PyTree
-    tree: Tree
+    shape: Tree
+
+    @property
+    def tree(self) -> Tree:
+        return self.shape
 
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
         return DraftModel(self.step, self.cache).begin(read, length)[0]

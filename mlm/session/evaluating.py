@@ -14,6 +14,7 @@ from mlm.data.languages import LANGUAGES
 from mlm.data.recipes import Lengths
 from mlm.decoding.buckets import shards
 from mlm.decoding.generate import Generator
+from mlm.decoding.ngrams import Trigrams
 from mlm.evaluation.language_loss import LanguageLosses
 from mlm.evaluation.results import LanguageTable, language_table, totals
 from mlm.session.session import Session
@@ -34,7 +35,7 @@ def evaluate_each(
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
     for group in _groups(read_examples(tasks, session.vocabulary, lengths, split, num_examples)):
         tables = _tables(session, group, lengths)
-        predictions = Predictions(generator, session.params, session.draft_params(generator))
+        predictions = Predictions(generator, session.params, session.draft_params(generator), session.table)
         asked = [example for name, examples in group.items() if predicts(name) for example in examples]
         begins = partial(forced_beginning, vocabulary=session.vocabulary)
         predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], [e.language for e in asked])
@@ -61,8 +62,10 @@ class Predictions:
     decoded together before SeqIO asks for them one task at a time.
     """
 
-    def __init__(self, generator: Generator, params: Params, draft: Params | None = None):
-        self._generator, self._params, self._draft = generator, params, draft
+    def __init__(
+        self, generator: Generator, params: Params, draft: Params | None = None, table: Trigrams | None = None
+    ):
+        self._generator, self._params, self._draft, self._table = generator, params, draft, table
         self._known: dict[tuple[int, tuple[bytes, bytes]], np.ndarray] = {}
 
     def learn(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> None:
@@ -78,6 +81,7 @@ class Predictions:
             ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in new],
             languages=[language for language, _ in new],
             draft=self._draft,
+            table=self._table,
         )
         self._known.update(zip(new, found.tokens[:, 0], strict=True))
 

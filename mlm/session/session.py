@@ -14,6 +14,8 @@ from mlm.checkpoints.run_directory import RunDirectory
 from mlm.data.templates import FROM, PLACES, TO, Frame, Template
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
+from mlm.decoding.ngrams import Trigrams
+from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.scoring import Scorer
 from mlm.evaluation.embedding import Embedder
 from mlm.evaluation.language_loss import LanguageLosses, Spelling, TokenLosses, language_losses
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Hypothesis:
     """text: decoded. score: log-probability in nats, for beam search over its length penalty. tokens: EOS included.
+    passes: of the decoder, for all results of the text.
     value: what it was chosen by, where the results were chosen among (`mlm.session.choosing`).
     """
 
     text: str
     score: float
     tokens: list[int]
+    passes: int = 0
     value: float | None = None
 
 
@@ -102,12 +106,13 @@ class Session:
         batch_size: int,
         quantise: str | None = None,
         draft: "Session | None" = None,
+        table: Trigrams | None = None,
     ):
         self.run, self.step, self.parameters, self.config = run, step, parameters, config
         self.data, self.extra, self.vocabulary = data, extra, vocabulary
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
-        self.quantise, self.draft = quantise, draft
+        self.quantise, self.draft, self.table = quantise, draft, table
         self.template = Template.from_json(data["template"]) if "template" in data else PLACES["source"]
         self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
         self._scorers: dict[tuple[int | None, float], Scorer] = {}
@@ -216,14 +221,17 @@ class Session:
             ids=asked.ids,
             languages=asked.languages,
             draft=self.draft_params(asked.generator),
+            table=self.table,
         )
         return [
             [
-                Hypothesis(self.text(tokens[skip:length]), float(score), tokens[:length].tolist())
+                Hypothesis(self.text(tokens[skip:length]), float(score), tokens[:length].tolist(), int(passes))
                 for tokens, score, length in zip(*row, strict=True)
                 if length
             ]
-            for skip, *row in zip(asked.skips, decoded.tokens, decoded.scores, decoded.lengths, strict=True)
+            for skip, passes, *row in zip(
+                asked.skips, decoded.passes, decoded.tokens, decoded.scores, decoded.lengths, strict=True
+            )
         ]
 
     def score(
@@ -442,12 +450,12 @@ class Session:
         return self.draft.params if self.draft and generator.draft else None
 
     def _drafting(self, config: DecodeConfig, start: int | None) -> Transformer | None:
-        if config.proposer != "draft_model":
+        if not PROPOSERS[config.proposer].drafts:
             return None
         if self.draft is None:
             raise ValueError(
-                "proposer='draft_model' asks a smaller model: name its run, by draft= where this one is loaded, or by "
-                "--draft in a command"
+                f"proposer={config.proposer!r} asks a smaller model: name its run, by draft= where this one is loaded, "
+                "or by --draft in a command"
             )
         return self.draft._starting_with(start)
 
