@@ -170,7 +170,7 @@ def _resume(
     done = errors = size = 0
     read: list[tuple[int, bytes]] = []  # lines, sizes and errors of records since the last whole chunk
     sizes = found_errors = 0
-    for raw, record in _whole_records(output):
+    for raw, record in whole_records(output):
         number, line = next(lines, (-1, b""))
         if record["line"] != number + 1 or record["input"] != read_line(line)[0]:
             raise Failed(
@@ -187,7 +187,7 @@ def _resume(
     return done, errors, itertools.chain(read, lines)
 
 
-def _whole_records(output: Path) -> Iterator[tuple[bytes, Record]]:
+def whole_records(output: Path) -> Iterator[tuple[bytes, Record]]:
     """The records with the bytes of their lines, up to the first torn one."""
     if not output.exists():
         return
