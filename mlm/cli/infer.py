@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlm.cli import decoding_flags, screen
+from mlm.cli import decoding_flags, screen, shot_flags
 from mlm.cli.main import Failed, UsageError
 
 Record = dict[str, Any]
@@ -35,6 +35,7 @@ def run(arguments: list[str]) -> int:
     options = decoding_flags.decode_options(flags)
     if flags.input != "-" and not Path(flags.input).is_file():
         raise UsageError(f"--input={flags.input} is no file")
+    shots = shot_flags.read_shots(flags)
     session = decoding_flags.open_session(flags)
     languages = decoding_flags.languages(session, flags)
     settings = {
@@ -45,6 +46,7 @@ def run(arguments: list[str]) -> int:
         "vocabulary": session.vocabulary.digest,
         **languages,
         **options,
+        **(shots.settings if shots else {}),
     }
 
     def decode(numbers: list[int], texts: list[str]) -> list[Record]:
@@ -52,7 +54,8 @@ def run(arguments: list[str]) -> int:
         sources, places = [], []
         for place, text in enumerate(texts):
             try:
-                sources += session.encode(text, **languages)
+                prompt = shots.prompt(session, text, numbers[place], languages) if shots else text
+                sources += session.encode(prompt, **languages)
                 places.append(place)
             except ValueError as error:
                 results[place] = {"error": str(error)}
@@ -244,4 +247,5 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     decoding_flags.add_language_flags(parser)
     decoding_flags.add_model_flags(parser)
     decoding_flags.add_decode_flags(parser)
+    shot_flags.add_shot_flags(parser)
     return parser.parse_args(arguments)
