@@ -43,6 +43,9 @@ class Setting:
     method: str
     options: Mapping[str, Any]
 
+    def __str__(self) -> str:
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.options.items())])
+
     @property
     def draws(self) -> bool:
         """Whether a seed decides what is written."""
@@ -85,7 +88,7 @@ def settings(method: str, grids: Iterable[Grid]) -> list[Setting]:
             try:
                 found.setdefault(DecodeConfig(method=method, **options), Setting(method, options))
             except ValueError as error:
-                raise UsageError(f"{method} with {options}: {error}") from error
+                raise UsageError(f"{Setting(method, options)}: {error}") from error
     return list(found.values())
 
 

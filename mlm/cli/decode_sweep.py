@@ -25,7 +25,7 @@ from mlm.cli.main import Failed, UsageError
 from mlm.registry import nearest
 
 # What a record was made from and with. Records that differ in one of these are not comparable.
-SAME = ("run", "step", "parameters", "quantise", "vocabulary", "split", "num_examples", "device", "batch_size")
+SAME = ("run", "step", "parameters", "quantise", "draft", "vocabulary", "split", "num_examples", "device", "batch_size")
 WRAP = 36  # letters of a setting on a line of a table
 
 Record = dict[str, Any]
@@ -37,14 +37,19 @@ def run(arguments: list[str]) -> int:
     """
     from mlm.cli.decode_grids import tried
     from mlm.evaluation import sweep, sweep_html
+    from mlm.session.trials import Trials
 
     flags = _parse(arguments)
     grids, asked, refused = _plan(flags)
     session = decoding_flags.open_session(flags)
     tasks = _tasks(session, flags)
-    work = _Sweep(session, tasks, flags)
-    metrics = {task: _metric(work.trials.metrics(task), task, flags.metric) for task in tasks}
-    records = work(asked, flags)
+    try:
+        trials = Trials(session, tasks, flags.split, flags.num_examples)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    metrics = {task: _metric(trials.metrics(task), task, flags.metric) for task in tasks}
+    work = _Sweep(session, trials, flags)
+    records = work(asked, tasks, flags)
 
     found = sweep.rows(records, metrics)
     if not found:
@@ -87,15 +92,14 @@ def show(found: Sequence[Any], lines: Sequence[Any]) -> None:
 class _Sweep:
     """One folder of records, and what adds to it. `refused`: setting -> why it could not be decoded."""
 
-    def __init__(self, session: Any, tasks: Sequence[str], flags: argparse.Namespace):
-        from mlm.session.trials import Trials
-
-        self._session, self._tasks = session, tasks
+    def __init__(self, session: Any, trials: Any, flags: argparse.Namespace):
+        self._session, self._trials = session, trials
         self.folder = Path(flags.output or session.run.path / "decode_sweep" / str(session.step))
         self._records = self.folder / "settings.jsonl"
-        mesh = session.rows.mesh
+        mesh, draft = session.rows.mesh, session.draft
         self.about: Record = session.about("", flags.split) | {
             "run": str(session.run.path.absolute()),
+            "draft": None if draft is None else str(draft.run.path.absolute()),
             "num_examples": flags.num_examples,
             "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
             "batch_size": flags.batch_size,
@@ -105,19 +109,15 @@ class _Sweep:
         if flags.overwrite:
             self._records.unlink(missing_ok=True)
         self._known = self._read()
-        try:
-            self.trials = Trials(session, tasks, flags.split, flags.num_examples)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
 
-    def __call__(self, settings: Sequence[Any], flags: argparse.Namespace) -> list[Record]:
+    def __call__(self, settings: Sequence[Any], tasks: Sequence[str], flags: argparse.Namespace) -> list[Record]:
         """The records of the settings in their order, those that were missing decoded and written."""
         common = {} if flags.max_length is None else {"max_length": flags.max_length}
         jobs = [
             (task, setting, seed)
             for setting in settings
             for seed in range(flags.seeds if setting.draws else 1)
-            for task in self._tasks
+            for task in tasks
         ]
         if old := len(self._known):
             screen.say(f"{self._records} holds {old} records already")
@@ -146,11 +146,11 @@ class _Sweep:
                 key = (task, _hash(generator.config))
                 yield self._known.get(key) or self._record(task, setting, seed, generator)
             except ValueError as error:
-                self.refused[" ".join([setting.method, *(f"{n}={v}" for n, v in setting.options.items())])] = str(error)
+                self.refused[str(setting)] = str(error)
                 yield None
 
     def _record(self, task: str, setting: Any, seed: int, generator: Any) -> Record:
-        trial = self.trials(task, generator)
+        trial = self._trials(task, generator)
         return {
             "task": task,
             "method": setting.method,
