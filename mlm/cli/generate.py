@@ -3,7 +3,7 @@
 import argparse
 import warnings
 
-from mlm.cli import decoding_flags, screen
+from mlm.cli import decoding_flags, screen, shot_flags
 from mlm.cli.main import UsageError
 
 
@@ -13,12 +13,14 @@ def run(arguments: list[str]) -> int:
     if not flags.text.strip():
         raise UsageError("the text is empty")
     options = decoding_flags.decode_options(flags)
+    shots = shot_flags.read_shots(flags)
     session = decoding_flags.open_session(flags)
     languages = decoding_flags.languages(session, flags)
     chooser = decoding_flags.chooser(session, flags, languages, options)
+    text = shots.prompt(session, flags.text, 1, languages) if shots else flags.text
     with screen.working("decoding"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        (found,) = session.decode(flags.text, **languages, choose=chooser, **options)
+        (found,) = session.decode(text, **languages, choose=chooser, **options)
     for warning in caught:
         if warning.category is UserWarning:
             screen.say(f"mlm generate: {warning.message}")
@@ -48,4 +50,5 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     decoding_flags.add_model_flags(parser)
     decoding_flags.add_decode_flags(parser)
     decoding_flags.add_choose_flag(parser)
+    shot_flags.add_shot_flags(parser)
     return parser.parse_args(arguments)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlm.cli import decoding_flags, screen
+from mlm.cli import decoding_flags, screen, shot_flags
 from mlm.cli.main import Failed, UsageError
 
 Record = dict[str, Any]
@@ -37,6 +37,7 @@ def run(arguments: list[str]) -> int:
     options = decoding_flags.decode_options(flags)
     if flags.input != "-" and not Path(flags.input).is_file():
         raise UsageError(f"--input={flags.input} is no file")
+    shots = shot_flags.read_shots(flags)
     session = decoding_flags.open_session(flags)
     languages = decoding_flags.languages(session, flags)
     chooser = decoding_flags.chooser(session, flags, languages, options)
@@ -49,6 +50,7 @@ def run(arguments: list[str]) -> int:
         **languages,
         **options,
         **({} if chooser is None else {"choose": _choice(chooser, session)}),
+        **(shots.settings if shots else {}),
     }
 
     rates = Rates()
@@ -58,7 +60,8 @@ def run(arguments: list[str]) -> int:
         sources, places = [], []
         for place, text in enumerate(texts):
             try:
-                sources += session.encode(text, **languages)
+                prompt = shots.prompt(session, text, numbers[place], languages) if shots else text
+                sources += session.encode(prompt, **languages)
                 places.append(place)
             except ValueError as error:
                 results[place] = {"error": str(error)}
@@ -203,7 +206,7 @@ def _resume(
     done = errors = size = 0
     read: list[tuple[int, bytes]] = []  # lines, sizes and errors of records since the last whole chunk
     sizes = found_errors = 0
-    for raw, record in _whole_records(output):
+    for raw, record in whole_records(output):
         number, line = next(lines, (-1, b""))
         if record["line"] != number + 1 or record["input"] != read_line(line)[0]:
             raise Failed(
@@ -220,7 +223,7 @@ def _resume(
     return done, errors, itertools.chain(read, lines)
 
 
-def _whole_records(output: Path) -> Iterator[tuple[bytes, Record]]:
+def whole_records(output: Path) -> Iterator[tuple[bytes, Record]]:
     """The records with the bytes of their lines, up to the first torn one."""
     if not output.exists():
         return
@@ -278,4 +281,5 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     decoding_flags.add_model_flags(parser)
     decoding_flags.add_decode_flags(parser)
     decoding_flags.add_choose_flag(parser)
+    shot_flags.add_shot_flags(parser)
     return parser.parse_args(arguments)

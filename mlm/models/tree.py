@@ -65,10 +65,8 @@ def best_first(guesses: int, branches: int, share: float = 0.7) -> Tree:
     is right with probability share·(1 - share)^r. Numbered by depth, ties to the better rank. Source: Spector & Ré 2023
     (arXiv:2308.04623), with one rate of acceptance in place of the draft's own probabilities, so that shapes are known.
     """
-    chosen: list[tuple[int, ...]] = [()]  # a node is the ranks on its path
-    frontier: list[tuple[float, tuple[int, ...]]] = [
-        (-share * (1 - share) ** rank, (rank,)) for rank in range(branches)
-    ]
+    chosen: list[tuple[int, ...]] = []  # a node is the ranks on its path
+    frontier: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
     while len(chosen) <= guesses:
         frontier.sort(key=lambda entry: (round(entry[0], 12), entry[1]))
         value, path = frontier.pop(0)

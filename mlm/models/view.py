@@ -84,7 +84,8 @@ class View:
 
     def _sight(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None) -> Sight:
         sight = replace(self.own, window=spec.window, position=spec.position, heads=spec.heads, table=table)
-        return sight.on_ring(self._rings[spec.window]) if spec.window in self._rings else sight
+        ring = None if spec.window is None else self._rings.get(spec.window)
+        return sight if ring is None else sight.on_ring(ring)
 
 
 def slots_of(flags: Bool[Array, "R Q"], start: Int[Array, "R"], slots: int) -> Bool[Array, "R M"]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mlm.checkpoints.run_directory import RunDirectory
+from mlm.data.prompts import USUAL_FORM, Example, Format, Pool
 from mlm.data.templates import FROM, PLACES, TO, Frame, Template
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
@@ -78,6 +79,15 @@ class Asked:
         """What the model read of each text."""
         before, after = len(self.frame.before), len(self.frame.after)
         return [self.session.text(source[before : len(source) - after]) for source in self.sources]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """index: of the passage as given. score: log P(query, EOS | passage), nats."""
+
+    index: int
+    passage: str
+    score: float
 
 
 class Session:
@@ -285,6 +295,78 @@ class Session:
             self._companions[run_dir] = load(run_dir, mesh=mesh, devices=devices, batch_size=self._batch_size)
         return self._companions[run_dir]
 
+    def few_shot(
+        self,
+        queries: str | Sequence[str],
+        examples: Pool | Iterable[tuple[str, str]],
+        shots: int = 4,
+        choice: str = "fixed",
+        *,
+        form: Format = USUAL_FORM,
+        to: str | None = None,
+        from_: str | None = None,
+        language_token: str | None = None,
+        seed: int = 0,
+        ids: Sequence[int] | None = None,
+        budget: int | None = None,
+    ) -> list[str]:
+        """Texts for `generate`, `decode` and `score`: examples, then the query.
+
+        examples: (source, target) texts, or a `Pool` that is kept. choice: "fixed", the first `shots`; "retrieved", the
+        nearest by character n-grams, the nearest last; "random", by seed and the query's id. None has the query itself
+        as its source. form: how they are written. to, from_, language_token: as in the call that takes the texts.
+        budget: tokens (default: what the model reads); examples that do not fit are dropped, the furthest from the
+        query first. ids: numbers of the queries (default: their places).
+        Raises ValueError for an empty query, one that does not fit alone, or more shots than examples, UnknownName for
+        another choice.
+        """
+        from mlm.session.prompting import few_shot
+
+        asked = [queries] if isinstance(queries, str) else queries
+        languages = {"to": to, "from_": from_, "language_token": language_token}
+        return few_shot(
+            self, asked, examples, shots, choice, form=form, languages=languages, seed=seed, ids=ids, budget=budget
+        )
+
+    def synthesise(
+        self,
+        texts: Mapping[str, Sequence[str]],
+        to: str,
+        *,
+        backwards: bool = False,
+        language_token: str | None = None,
+        **options: Any,
+    ) -> list[Example]:
+        """Examples for `few_shot` from unlabelled sentences by language, each translated into `to` by this model.
+
+        backwards: its translations are the sources. options: method and others, as in `decode`. Source: linguistically
+        diverse prompts, Nguyen et al. 2023 (arXiv:2306.11372).
+        """
+        from mlm.session.prompting import synthesise
+
+        return synthesise(self, texts, to, backwards=backwards, language_token=language_token, **options)
+
+    def query_likelihood(
+        self,
+        query: str,
+        passages: Sequence[str],
+        to: str | None = None,
+        *,
+        form: str = "{passage}",
+        from_: str | None = None,
+        language_token: str | None = None,
+    ) -> list[Ranked]:
+        """Passages by log P(query, EOS | passage) in nats, the best first, of equals the first; for reranking.
+
+        form: what the model reads of a passage, e.g. "Passage: {passage} Question:". to: language of the query.
+        Sources: Sachan et al. 2022 (arXiv:2204.07496); UMR, Huang et al. 2024 (arXiv:2403.03516), across languages.
+        Raises ValueError for an empty query or passage.
+        """
+        from mlm.session.prompting import query_likelihood
+
+        languages = {"to": to, "from_": from_, "language_token": language_token}
+        return query_likelihood(self, query, passages, form=form, languages=languages)
+
     def score_tokens(self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None = None) -> np.ndarray:
         """log P(target | source) of token lists as they stand, in nats; float32 [pairs].
 
@@ -388,8 +470,19 @@ class Session:
         # A decoder goes on with its source: that does not end, and begins with the start token anyway.
         return frame._replace(before=[t for t in frame.before if t != self.config.start_token], after=[])
 
+    def room(self, to: str | None = None, from_: str | None = None, language_token: str | None = None) -> int:
+        """Tokens of a text that the model reads, at most."""
+        return self._room(self.frame(to, from_, language_token))
+
+    def lengths(self, texts: Sequence[str], to: str | None = None) -> list[int]:
+        """Tokens of the texts alone. Raises ValueError for an empty one."""
+        return [len(self._tokens(index, "text", text, to)) for index, text in enumerate(texts)]
+
+    def _room(self, frame: Frame) -> int:
+        return self.data["inputs_length"] - len(frame.before) - len(frame.after)
+
     def _encode(self, texts: Sequence[str], to: str | None, frame: Frame, empty: bool = False) -> list[Source]:
-        room = self.data["inputs_length"] - len(frame.before) - len(frame.after)
+        room = self._room(frame)
         sources = []
         for index, text in enumerate(texts):
             tokens = self._tokens(index, "text", text, to, empty)

@@ -4,6 +4,7 @@ import pytest
 
 import mlm
 from mlm.cli.main import main
+from mlm.data.prompts import Format
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,45 @@ def test_a_long_text_is_said_to_be_cut(tiny_run, capsys):
     assert "longer than the 48 tokens" in capsys.readouterr().err
 
 
+def test_examples_stand_before_the_text(tiny_run, session, tmp_path, capsys):
+    file = tmp_path / "shots.tsv"
+    file.write_text("un\tone\ndeux\ttwo\ntrois\tthree\n")
+    flags = ["--examples", str(file), "--shots", "2", "--shot_choice", "retrieved", "--shot_form", "{source}:{target}"]
+    assert main(["generate", "une", "--run_dir", str(tiny_run), "--to", "fr", "--max_length", "8", *flags]) == 0
+    (prompt,) = session.few_shot(
+        "une", [("un", "one"), ("deux", "two"), ("trois", "three")], 2, "retrieved", form=Format("{source}:{target}")
+    )
+    assert prompt.endswith("un:one ; une:")
+    assert capsys.readouterr().out == session.generate(prompt, to="fr", max_length=8)[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "message"),
+    [
+        ([], "un\tone\n\ndeux\ttwo\n", "shots.tsv, line 2: 1 fields, 1 of them empty"),
+        ([], "un\tone\ttwo\n", "shots.tsv, line 1: 3 fields"),
+        (["--shots", "2"], "un\tone\n", "--shots=2 must be between 0 and 1, the examples in"),
+        (["--shots", "1", "--shot_form", "{source}"], "un\tone\n", "behind it {target}"),
+        (["--shots", "1"], None, "No such file"),
+    ],
+)
+def test_bad_examples_are_named_before_anything_is_loaded(tmp_path, capsys, flags, text, message):
+    file = tmp_path / "shots.tsv"
+    if text is not None:
+        file.write_text(text)
+    assert main(["generate", "Hi", "--run_dir", str(tmp_path / "nothing"), "--examples", str(file), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
         ([" ", "--to", "fr"], 2, "the text is empty"),
         (["Hi", "--to", "frr"], 2, "did you mean"),
         (["Hi", "--to", "fr", "--method", "sample", "--top_p", "2"], 2, "top_p=2.0 must be in (0, 1]"),
+        (["Hi", "--to", "fr", "--shots", "2"], 2, "--shots means nothing without --examples"),
         (["Hi", "--to", "fr", "--step", "11"], 1, "complete checkpoints: 10, 20"),
         (["Hi", "--to", "fr", "--choose", "mbr"], 2, "--choose: there is nothing to choose from one result"),
         (["Hi", "--to", "fr", "--choose", "mbrr"], 2, "--choose: no way to choose named 'mbrr'"),

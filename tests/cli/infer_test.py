@@ -271,6 +271,27 @@ def test_chosen_results_keep_their_values_and_settings(tiny_run, tmp_path, capsy
     assert "choose: {'name': 'mbr'" in capsys.readouterr().err
 
 
+def test_examples_stand_before_every_line(tiny_run, tmp_path, capsys):
+    """Drawn by the line's number; a line that does not fit alone is an error in place; other shots are not mixed in."""
+    import mlm
+
+    source, shots, output = (tmp_path / name for name in ("in.txt", "shots.tsv", "o.jsonl"))
+    source.write_text("neuf\n" + "x" * 60 + "\ndix\n")
+    pairs = [("un", "one"), ("deux", "two"), ("trois", "three")]
+    shots.write_text("".join(f"{a}\t{b}\n" for a, b in pairs))
+    flags = ["--run_dir", str(tiny_run), "--input", str(source), "--output", str(output), "--max_length", "8"]
+    command = ["infer", *flags, "--examples", str(shots), "--shot_choice", "random", "--shots"]
+    assert main([*command, "2"]) == 0
+    found = records(output)
+    session = mlm.load(tiny_run)
+    prompts = session.few_shot(["neuf", "dix"], pairs, 2, "random", ids=[1, 3])
+    assert [found[0]["output"], found[2]["output"]] == session.generate(prompts, max_length=8)
+    assert "the query alone takes 62 tokens, more than the 47" in found[1]["error"]
+    capsys.readouterr()
+    assert main([*command, "1"]) == 1
+    assert "shots: 2 then, 1 now" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
