@@ -64,7 +64,7 @@ def synthesise(
 
 
 def query_likelihood(
-    session: Session, query: str, passages: Sequence[str], *, form: str, languages: Mapping[str, str | None]
+    session: Session, query: str, passages: Sequence[str], *, form: str, languages: Mapping[str, Any]
 ) -> list[Ranked]:
     """See `Session.query_likelihood`."""
     if form.count(PASSAGE) != 1:
