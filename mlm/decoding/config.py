@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlm.decoding.beam import Beam, DiverseBeam
+from mlm.decoding.constrained import ConstrainedBeam
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.selectors import Greedy, Sample
@@ -41,9 +42,14 @@ METHODS: Registry[Method] = Registry(
         ("n_best", "beams", "groups", "diversity", "alpha"),
         "beam search in groups that avoid each other's tokens (Vijayakumar et al. 2018)",
     ),
+    constrained_beam=Method(
+        lambda c: ConstrainedBeam(c.beams, c.alpha, c.n_best),
+        ("n_best", "beams", "alpha"),
+        "beam search for texts that hold phrases given of each example; beams=20 is usual (Post & Vilar 2018)",
+    ),
 )
 # What forbids tokens and reshapes nothing means something to every method.
-ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words", "stop")
+ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words", "avoid", "stop")
 PHRASES = ("bad_words", "stop")  # options that are phrases
 
 
@@ -74,6 +80,7 @@ class DecodeConfig:
     repetition_penalty: float = 1.0  # 1: off
     no_repeat_ngram: int = 0  # n-grams that may not occur twice; 0: off
     bad_words: tuple[tuple[int, ...], ...] = ()  # phrases of token ids that may not be written
+    avoid: bool = False  # not to write the phrases given of each example
     stop: tuple[tuple[int, ...], ...] = ()  # phrases of token ids behind which a text ends, as behind EOS
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
@@ -98,6 +105,8 @@ class DecodeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
                 raise ValueError(f"{name}={value!r} must be {rule}")
+        if not isinstance(self.avoid, bool):
+            raise ValueError(f"avoid={self.avoid!r} must be True or False; the phrases are given beside the sources")
         for name in PHRASES:
             phrases = getattr(self, name)
             if not isinstance(phrases, tuple) or not all(map(_phrase, phrases)):

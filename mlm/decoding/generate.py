@@ -12,6 +12,7 @@ from jaxtyping import Array
 from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens, fill, pad, shards, target_languages
 from mlm.decoding.config import PHRASES, DecodeConfig
 from mlm.decoding.loop import NOTHING, decode
+from mlm.decoding.phrases import check_given
 from mlm.decoding.proposers import PROPOSERS, Inputs
 from mlm.decoding.state import NEG_INF, Decoded, Read, Seen, Step
 from mlm.models.transformer import Transformer
@@ -84,6 +85,7 @@ class Generator:
                 )
         if prompts is not None:
             check_tokens("prompt", [p for p in prompts if len(p)], self.model.config.vocab_size)
+        check_given(self.config, given, np.asarray(limits) - lengths, self.model.config.vocab_size)
         if (draft is None) != (self.draft is None):
             raise ValueError("the draft model and its parameters belong together: give both, or neither")
 
