@@ -11,6 +11,7 @@ not read the whole line. Scores: log-probabilities in nats (for beam search over
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from mlm.cli.main import Failed, UsageError
 
 Record = dict[str, Any]
 Decode = Callable[[list[int], list[str]], list[Record]]  # line numbers, texts -> what a record holds beside them
+EMPTY = "empty line"
 
 
 def run(arguments: list[str]) -> int:
@@ -35,6 +37,9 @@ def run(arguments: list[str]) -> int:
     options = decoding_flags.decode_options(flags)
     if flags.input != "-" and not Path(flags.input).is_file():
         raise UsageError(f"--input={flags.input} is no file")
+    if (flags.constraints is not None) != (flags.method == "constrained_beam"):
+        raise UsageError("--constraints and --method constrained_beam belong together: give both, or neither")
+    asked = None if flags.constraints is None else _Constraints(Path(flags.constraints), flags.input)
     session = decoding_flags.open_session(flags)
     languages = decoding_flags.languages(session, flags)
     settings = {
@@ -45,20 +50,25 @@ def run(arguments: list[str]) -> int:
         "vocabulary": session.vocabulary.digest,
         **languages,
         **options,
+        **({} if asked is None else {"constraints": asked.digest}),
     }
 
     def decode(numbers: list[int], texts: list[str]) -> list[Record]:
         results: list[Record] = [{} for _ in texts]
-        sources, places = [], []
-        for place, text in enumerate(texts):
+        sources, places, phrases = [], [], []
+        for place, (number, text) in enumerate(zip(numbers, texts, strict=True)):
             try:
-                sources += session.encode(text, **languages)
+                (source,) = session.encode(text, **languages)
+                if asked is not None:
+                    phrases.append(session.held(asked.of(number), source, **languages, **options))
+                sources.append(source)
                 places.append(place)
             except ValueError as error:
                 results[place] = {"error": str(error)}
         # The line's number is the source of its randomness, so that a resumed run draws what the first one would have.
         ids = [numbers[place] for place in places]
-        found = session.decode(sources, **languages, ids=ids, **options)
+        held = {} if asked is None else {"phrases": phrases}
+        found = session.decode(sources, **languages, ids=ids, **held, **options)
         for place, source, best in zip(places, sources, found, strict=True):
             results[place] = _result(best) | ({"trimmed": True} if source.trimmed else {})
         return results
@@ -121,6 +131,34 @@ def infer(
     return counts
 
 
+class _Constraints:
+    """A file of a line for every line of the input: phrases that its result must hold, tabs between them."""
+
+    def __init__(self, path: Path, source: str):
+        if not path.is_file():
+            raise UsageError(f"--constraints={path} is no file")
+        if source == "-":
+            raise UsageError("--constraints goes line by line with a file: give --input=FILE in place of -")
+        own, wanted = _count(path), _count(Path(source))
+        if own != wanted:
+            raise UsageError(
+                f"--constraints={path} has {own} lines and --input={source} has {wanted}: line {min(own, wanted) + 1} "
+                "is in one of them only; give a line for each, an empty one where a result need hold nothing"
+            )
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self._lines = enumerate(open(path, "rb"), 1)  # noqa: SIM115, read as the run goes on
+
+    def of(self, number: int) -> list[str]:
+        """The phrases of this line; lines come in order. Raises ValueError for what is no text or an empty phrase."""
+        raw = next(line for n, line in self._lines if n == number)
+        text, error = read_line(raw)
+        if error == EMPTY:
+            return []
+        if error:
+            raise ValueError(f"its phrases: {error}")
+        return text.split("\t")
+
+
 def read_line(raw: bytes) -> tuple[str, str | None]:
     """(text, None), or (what can be shown of it, what is wrong with the line)."""
     raw = raw.removesuffix(b"\n").removesuffix(b"\r")
@@ -129,7 +167,7 @@ def read_line(raw: bytes) -> tuple[str, str | None]:
     except UnicodeDecodeError as error:
         reason = f"not valid UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
         return raw.decode("utf-8", "backslashreplace"), reason
-    return text, None if text.strip() else "empty line"
+    return text, None if text.strip() else EMPTY
 
 
 def _chunks(lines: Iterator[tuple[int, bytes]], decode: Decode, size: int) -> Iterator[list[Record]]:
@@ -239,6 +277,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--input", required=True, metavar="FILE|-", help="text, one example a line, UTF-8; -: stdin")
     parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="where the records go")
+    parser.add_argument(
+        "--constraints",
+        metavar="FILE",
+        help="constrained_beam: a line for each of the input, phrases that its result must hold, tabs between them",
+    )
     parser.add_argument("--chunk", type=int, default=256, metavar="N", help="lines between two writes (default 256)")
     parser.add_argument("--overwrite", action="store_true", help="start anew, whatever the output holds")
     decoding_flags.add_language_flags(parser)

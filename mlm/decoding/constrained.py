@@ -22,7 +22,7 @@ from mlm.decoding.ranking import top_k
 from mlm.decoding.state import DEAD, NEG_INF, Choice, Decoded, Start, State, by_example, ends
 from mlm.types import EOS_ID
 
-# Letters: P phrases of an example, L tokens of the longest, M candidates; axes of -1 beyond a phrase or behind the last.
+# Letters: P phrases of an example, L tokens of the longest (-1 beyond a phrase and behind the last), M candidates.
 
 
 class Constrained(NamedTuple):
@@ -75,13 +75,14 @@ class ConstrainedBeam:
     def _candidates(
         self, logits: Array, processed: Array, state: State, phrases: Int[Array, "B P L"], progress: Int[Array, "B K P"]
     ) -> Candidates:
-        """M = 2K + K(2 + P): the 2K best of the group; of every beam its best, its end, and what goes on with a phrase."""
+        """M = 2K + K(2 + P): the 2K best of all; of every beam its best, its end, and what goes on with a phrase."""
         beams, rows = self.group, logits.shape[0]
         following, allowed = (x.reshape(rows, -1) for x in continuing(phrases[:, None], progress))
         unmet = jnp.any(following >= 0, axis=1, keepdims=True)
         closing = ends(state, jnp.broadcast_to(jnp.arange(logits.shape[1]), logits.shape))
         token, log_prob = continuations(logits, jnp.where(unmet & closing, NEG_INF, processed), state, 2 * beams)
-        wide = best_of(*(x.reshape(-1, beams, x.shape[1]) for x in (token, log_prob, log_prob)), beams)
+        wide_token, wide_log_prob = (x.reshape(-1, beams, x.shape[1]) for x in (token, log_prob))
+        wide = best_of(wide_token, wide_log_prob, wide_log_prob, beams)
 
         # Without phrases the 2K best are all, as in Beam; with them a beam that holds all may always end.
         asked = jnp.repeat(jnp.any(phrases >= 0, axis=(1, 2)), beams)[:, None]
@@ -128,7 +129,7 @@ def advance(
     phrases: Int[Array, "*#s P L"], progress: Int[Array, "*s P"], token: Int[Array, "*s"]
 ) -> Int[Array, "*s P"]:
     """Tokens of each phrase that are written after one more. A phrase that it breaks off starts anew."""
-    following, allowed = continuing(phrases, progress)
+    following, _ = continuing(phrases, progress)
     open_ = (progress > 0) & (following >= 0)
     hit = open_ & (following == token[..., None])
     right = jnp.any(hit, axis=-1, keepdims=True)

@@ -77,6 +77,12 @@ def check_given(config: "DecodeConfig", given: Mapping[str, np.ndarray], rooms: 
             raise ValueError(f"source {index}: {error}") from None
 
 
+def stop_size(tokens: Ints, stop: TokenLists) -> int:
+    """Tokens of the longest stop sequence that what was written ends with; 0 where it ends with none."""
+    tokens = list(tokens)
+    return max((len(phrase) for phrase in stop if tokens[-len(phrase) :] == list(phrase)), default=0)
+
+
 def lists(table: Int[np.ndarray, "P L"]) -> list[list[int]]:
     """The phrases of one example."""
     return [row[row >= 0].tolist() for row in table if (row >= 0).any()]

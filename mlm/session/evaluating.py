@@ -14,10 +14,11 @@ from mlm.data.languages import LANGUAGES
 from mlm.data.recipes import Lengths
 from mlm.decoding.buckets import shards
 from mlm.decoding.generate import Generator
+from mlm.decoding.phrases import stop_size
 from mlm.evaluation.language_loss import LanguageLosses
 from mlm.evaluation.results import LanguageTable, language_table, totals
 from mlm.session.session import Session
-from mlm.types import Params
+from mlm.types import PAD_ID, Params
 
 GROUP = 1024  # examples; their tasks are evaluated together, and their results known
 LOSS_ROWS = 16  # rows of a batch when losses are measured
@@ -79,6 +80,10 @@ class Predictions:
             languages=[language for language, _ in new],
             draft=self._draft,
         )
+        alone = self._generator.model.config.encoder is None  # then results begin with their sources
+        for row, length, (source, prompt) in zip(found.tokens[:, 0], found.lengths[:, 0], new.values(), strict=True):
+            written = row[len(prompt) + (len(source) if alone else 0) : length]
+            written[len(written) - stop_size(written, self._generator.config.stop) :] = PAD_ID
         self._known.update(zip(new, found.tokens[:, 0], strict=True))
 
     def __call__(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> np.ndarray:

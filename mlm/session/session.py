@@ -12,8 +12,10 @@ from jaxtyping import Array, Key
 
 from mlm.checkpoints.run_directory import RunDirectory
 from mlm.data.templates import FROM, PLACES, TO, Frame, Template
-from mlm.decoding.config import DecodeConfig
+from mlm.decoding.buckets import Ints, TokenLists
+from mlm.decoding.config import PHRASES, DecodeConfig
 from mlm.decoding.generate import Generator
+from mlm.decoding.phrases import avoided, check_phrases, constraints, stop_size
 from mlm.decoding.scoring import Scorer
 from mlm.evaluation.language_loss import LanguageLosses, Spelling, TokenLosses, language_losses
 from mlm.evaluation.results import combine, totals
@@ -24,10 +26,14 @@ from mlm.registry import nearest
 from mlm.trees import count
 from mlm.types import EOS_ID, Params
 
+Phrase = str | Ints  # a text, or its tokens
+
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """text: decoded. score: log-probability in nats, for beam search over its length penalty. tokens: EOS included."""
+    """text: decoded, without a stop sequence at its end. score: log-probability in nats, for beam search over its
+    length penalty. tokens: all, EOS or the stop sequence included.
+    """
 
     text: str
     score: float
@@ -112,7 +118,9 @@ class Session:
 
         to: language to write. Without it a text may hold special tokens, as in "The <extra_id_0> sat on the mat".
         from_: language of the texts. method, options: those of `DecodeConfig`: beams, alpha, n_best, temperature,
-        top_k, top_p, no_repeat_ngram, bad_words, proposer, max_length, seed, …; `mlm decode list` names them all.
+        top_k, top_p, no_repeat_ngram, proposer, max_length, seed, …; bad_words and stop, lists of texts not to be
+        written, or behind which a result ends; `mlm decode list` names them all. Also `phrases` and `avoid`, see
+        `decode`.
         Raises ValueError for an empty text, a missing language, or one that the model is not told, KeyError for a
         language without a token or an unknown method.
         """
@@ -130,12 +138,16 @@ class Session:
         language_token: str | None = None,
         ids: Sequence[int] | None = None,
         languages: Sequence[int] | None = None,
+        phrases: Sequence[Sequence[Phrase]] | None = None,
+        avoid: Sequence[Sequence[Phrase]] | None = None,
         **options: Any,
     ) -> list[list[Hypothesis]]:
         """As `generate`, with scores and tokens.
 
         texts: or what `encode` made of them. ids: numbers of the texts, the source of their randomness. languages: ids
-        of the languages that a language-aware model is to write, where they are not all `to`.
+        of the languages that a language-aware model is to write, where they are not all `to`. phrases: for each text
+        those that its result must hold (method="constrained_beam"). avoid: for each text those that it may not.
+        Raises ValueError for a phrase that is empty, or impossible to hold.
         """
         frame = self.frame(to, from_, language_token)
         given = [texts] if isinstance(texts, str) else list(texts)
@@ -145,13 +157,23 @@ class Session:
         alone = self.config.encoder is None  # what it reads is the beginning of what it writes
         skips = [len(frame.prompt) + (len(source) if alone else 0) for source in sources]
         languages = languages or self._languages(to, len(sources))
+        told = self._told(phrases, avoid)
+        options = options | ({} if avoid is None else {"avoid": True})
         generator = self.generator(method, options, frame.start)
         decoded = generator(
-            self.params, sources, prompts=prompts, ids=ids, languages=languages, draft=self.draft_params(generator)
+            self.params,
+            sources,
+            prompts=prompts,
+            ids=ids,
+            languages=languages,
+            given=told,
+            draft=self.draft_params(generator),
         )
         return [
             [
-                Hypothesis(self._text(tokens[skip:length]), float(score), tokens[:length].tolist())
+                Hypothesis(
+                    self._text(tokens[skip:length], generator.config.stop), float(score), tokens[:length].tolist()
+                )
                 for tokens, score, length in zip(*row, strict=True)
                 if length
             ]
@@ -309,13 +331,50 @@ class Session:
 
         return None if to is None or self.config.languages is None else [language_id(to)] * count
 
-    def _text(self, tokens: np.ndarray) -> str:
-        return self.vocabulary.decode([int(token) for token in tokens])
+    def _text(self, tokens: np.ndarray, stop: TokenLists) -> str:
+        """Of what was written, without the stop sequence that ended it."""
+        return self.vocabulary.decode([int(token) for token in tokens[: len(tokens) - stop_size(tokens, stop)]])
+
+    def _told(self, phrases: Sequence | None, avoid: Sequence | None) -> dict[str, np.ndarray]:
+        from mlm.session.phrases import spellings, tokens_of
+
+        told = {}
+        if phrases is not None:
+            told |= constraints([[tokens_of(self.vocabulary, phrase) for phrase in own] for own in phrases])
+        if avoid is not None:
+            told |= avoided([spellings(self.vocabulary, "avoid", own) for own in avoid])
+        return told
+
+    def held(
+        self,
+        phrases: Sequence[Phrase],
+        source: Source,
+        to: str | None = None,
+        method: str = "constrained_beam",
+        *,
+        from_: str | None = None,
+        language_token: str | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        """The phrases as tokens. Raises ValueError for an empty one, and where no result of the source can hold all."""
+        from mlm.session.phrases import tokens_of
+
+        frame = self.frame(to, from_, language_token)
+        config = self.generator(method, options, frame.start).config
+        tokens = [tokens_of(self.vocabulary, phrase) for phrase in phrases]
+        begun = len(frame.prompt) + (len(source.tokens) if self.config.encoder is None else 0)
+        check_phrases(tokens, config.max_length - begun, config)
+        return tokens
 
     def generator(self, method: str, options: Mapping[str, Any], start: int | None = None) -> Generator:
-        """start: what the decoder reads first, where not the model's own. Raises ValueError for an encoder alone."""
+        """start: what the decoder reads first, where not the model's own. options: those of `DecodeConfig`, with
+        phrases as texts or as tokens. Raises ValueError for an encoder alone.
+        """
+        from mlm.session.phrases import spellings
+
+        told = {name: spellings(self.vocabulary, name, options[name]) for name in PHRASES if name in options}
         try:
-            config = DecodeConfig(**{"method": method, "max_length": self.data["targets_length"], **options})
+            config = DecodeConfig(**{"method": method, "max_length": self.data["targets_length"], **options, **told})
         except TypeError:
             known = DecodeConfig.__dataclass_fields__
             wrong = next(name for name in options if name not in known)

@@ -3,7 +3,7 @@
 import json
 
 from mlm.cli import main
-from mlm.decoding.config import METHODS, DecodeConfig
+from mlm.decoding.config import METHODS, PHRASES, DecodeConfig
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 
@@ -32,5 +32,7 @@ def test_a_record_says_what_may_be_given_to_what(capsys):
     for record in records:
         assert record["summary"]
         if record["kind"] == "method":  # the defaults are the method's own
-            options = record["options"] | {"bad_words": ()}
-            assert DecodeConfig(method=record["name"], **options) == DecodeConfig(method=record["name"])
+            options = record["options"] | dict.fromkeys(PHRASES, ())
+            needed = {"value": len} if "value" in options else {}
+            own = DecodeConfig(method=record["name"], **needed)
+            assert DecodeConfig(method=record["name"], **options | needed) == own

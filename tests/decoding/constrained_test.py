@@ -164,9 +164,9 @@ def test_without_phrases_it_is_beam_search(tiny, sources):
 
 def test_what_the_plain_text_holds_anyway_changes_nothing(tiny, sources):
     """Beams wide enough that both find the same best text."""
-    plain = tiny.decode(config(method="beam", min_length=6, beams=60), sources)
+    plain = tiny.decode(config(method="beam", min_length=6, beams=24), sources)
     phrases = [[t[1:3].tolist(), t[3:4].tolist()] for t in plain.tokens[:, 0]]
-    out = tiny.decode(config(min_length=6, beams=60), sources, given=constraints(phrases))
+    out = tiny.decode(config(min_length=6, beams=24), sources, given=constraints(phrases))
     np.testing.assert_array_equal(out.tokens[:, 0], plain.tokens[:, 0])
     np.testing.assert_allclose(out.scores[:, 0], plain.scores[:, 0], atol=1e-4)
 
