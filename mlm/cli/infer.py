@@ -146,17 +146,22 @@ class _Constraints:
                 "is in one of them only; give a line for each, an empty one where a result need hold nothing"
             )
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        self._lines = enumerate(open(path, "rb"), 1)  # noqa: SIM115, read as the run goes on
+        self._lines = self._numbered(path)
 
     def of(self, number: int) -> list[str]:
         """The phrases of this line; lines come in order. Raises ValueError for what is no text or an empty phrase."""
-        raw = next(line for n, line in self._lines if n == number)
+        raw = next(line for own, line in self._lines if own == number)
         text, error = read_line(raw)
         if error == EMPTY:
             return []
         if error:
             raise ValueError(f"its phrases: {error}")
         return text.split("\t")
+
+    @staticmethod
+    def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+        with open(path, "rb") as file:
+            yield from enumerate(file, 1)
 
 
 def read_line(raw: bytes) -> tuple[str, str | None]:

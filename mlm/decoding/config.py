@@ -114,8 +114,6 @@ class DecodeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
                 raise ValueError(f"{name}={value!r} must be {rule}")
-        if not isinstance(self.avoid, bool):
-            raise ValueError(f"avoid={self.avoid!r} must be True or False; the phrases are given beside the sources")
         if self.method == "value_guided_beam" and not callable(self.value):
             raise ValueError(
                 f"value={self.value!r} must be a function (tokens [N, T], length [N], hidden [N, D]) -> value [N]"
