@@ -24,7 +24,7 @@ class Method(NamedTuple):
 
 
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
-_GUESSING = ("proposer", "guesses")
+_GUESSING = ("proposer", "guesses", "branches")
 METHODS: Registry[Method] = Registry(
     "decoding method",
     greedy=Method(lambda c: Greedy(), ("repetition_penalty", *_GUESSING), "the most probable token at every step"),
@@ -94,6 +94,7 @@ class DecodeConfig:
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
     guesses: int = 8  # tokens guessed a pass
+    branches: int = 1  # guesses behind a guess at most: 1 makes a chain of them, more a tree
 
     def __post_init__(self):
         allowed = (*ALWAYS, *METHODS[self.method].options)
@@ -105,11 +106,13 @@ class DecodeConfig:
                     f"{field.name}={value!r} means nothing to method={self.method!r}; leave it at {field.default!r} "
                     f"or choose one of {users}"
                 )
-        PROPOSERS[self.proposer]
-        if self.proposer == "none" and self.guesses != type(self).guesses:
-            raise ValueError(
-                f"guesses={self.guesses} means nothing without a proposer; name one of {sorted(PROPOSERS)}"
-            )
+        proposer = PROPOSERS[self.proposer]
+        for name in ("guesses", "branches"):
+            if name not in proposer.options and getattr(self, name) != getattr(type(self), name):
+                able = [able for able, kind in PROPOSERS.items() if name in kind.options]
+                raise ValueError(
+                    f"{name}={getattr(self, name)} means nothing to proposer={self.proposer!r}; name one of {able}"
+                )
         for name, rule, holds in _RULES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
@@ -132,14 +135,23 @@ class DecodeConfig:
         if "beams" in allowed and self.n_best > self.beams:
             raise ValueError(f"n_best={self.n_best} exceeds beams={self.beams}, all that a beam search keeps")
 
+    def plain(self) -> dict[str, Any]:
+        """For JSON: a function by its name."""
+        return {name: getattr(value, "__qualname__", value) for name, value in dataclasses.asdict(self).items()}
+
     def selector(self) -> Selector:
         """The method's selector. `selector().group` decoding rows serve one example."""
         return METHODS[self.method].selector(self)
 
     @property
+    def block(self) -> int:
+        """Tokens that a pass reads at most: the newest one, and guesses."""
+        return 1 if self.proposer == "none" else self.guesses + 1
+
+    @property
     def slots(self) -> int:
         """Slots that a cache must have: of the longest row, and of the guesses behind it."""
-        return self.max_length + (0 if self.proposer == "none" else self.guesses + 1)
+        return self.max_length + PROPOSERS[self.proposer].blocks * (self.guesses + 1)
 
     def processors(self) -> tuple[Processor, ...]:
         """The processors that are switched on, in the order of `PROCESSORS`."""
@@ -178,5 +190,6 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("repetition_penalty", "above 0 (1: off)", lambda v: 0 < v < float("inf")),
     ("no_repeat_ngram", "an integer of at least 0 (0: off)", _integer(0)),
     ("guesses", "an integer of at least 1", _integer(1)),
+    ("branches", "an integer of at least 1", _integer(1)),
     ("seed", "an integer of at least 0", _integer(0)),
 )

@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from mlm.data.preprocessors import clean_line
 from mlm.decoding.buckets import Ints
+from mlm.decoding.phrases import avoided, check_phrases, constraints
+from mlm.session.records import Source
+from mlm.session.session import Session
 
 Phrase = str | Ints  # a text, or its tokens
 LETTER = "◌"  # no vocabulary has a piece in which it is joined to what follows
@@ -35,3 +40,25 @@ def spellings(vocabulary: Any, name: str, phrases: Sequence[Phrase]) -> tuple[tu
             if behind[: len(before)] == before:
                 found[tuple(behind[len(before) :])] = None
     return tuple(found)
+
+
+def given_phrases(
+    vocabulary: Any, phrases: Sequence[Sequence[Phrase]] | None, avoid: Sequence[Sequence[Phrase]] | None
+) -> dict[str, np.ndarray]:
+    """What a generator is `given`, of each text the phrases that its result must hold, and those that it may not."""
+    told = {}
+    if phrases is not None:
+        told |= constraints([[tokens_of(vocabulary, phrase) for phrase in own] for own in phrases])
+    if avoid is not None:
+        told |= avoided([spellings(vocabulary, "avoid", own) for own in avoid])
+    return told
+
+
+def held(session: Session, phrases: Sequence[Phrase], source: Source, **options: Any) -> list[list[int]]:
+    """The phrases as tokens. options: as `Session.ask` takes them. Raises ValueError for an empty phrase, and where no
+    result of the source can hold all.
+    """
+    asked = session.ask([source], **options)
+    tokens = [tokens_of(session.vocabulary, phrase) for phrase in phrases]
+    check_phrases(tokens, asked.generator.config.max_length - asked.skips[0], asked.generator.config)
+    return tokens
