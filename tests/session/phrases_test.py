@@ -1,10 +1,12 @@
 """Phrases as texts: what a session's results must hold, may not hold, or end behind."""
 
 import jax
+import numpy as np
 import pytest
 
 import mlm
 from mlm.data.vocabulary import ByteVocabulary, load_vocabulary
+from mlm.session.evaluating import Predictions
 from mlm.session.phrases import spellings, tokens_of
 
 TEXTS = ["Good morning", "Where is the station?"]
@@ -71,3 +73,13 @@ def test_a_text_is_spelled_at_the_beginning_of_a_word_and_inside_of_one():
 def test_impossible_phrases_are_refused(session, options, message):
     with pytest.raises(ValueError, match=message):
         session.decode("Good morning", "fr", **options)
+
+
+def test_predictions_of_a_task_lose_their_stop_sequence(session):
+    source = session.encode("Good morning", "fr")[0].tokens
+    plain = session.generator("greedy", {"max_length": 12})(session.params, [source]).tokens[0, 0].tolist()
+    generator = session.generator("greedy", {"max_length": 12, "stop": [tuple(plain[2:4])]})
+    found = Predictions(generator, session.params, stop=generator.config.stop)(
+        [np.array(source)], [np.array([], int)], [0]
+    )
+    assert found[0].tolist() == [*plain[:2], *[0] * 10]
