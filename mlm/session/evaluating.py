@@ -12,14 +12,15 @@ from mlm.data.batching import Example
 from mlm.data.evaluator import Outcome, compute_metrics, forced_beginning, packed_batches, predicts, read_examples
 from mlm.data.languages import LANGUAGES
 from mlm.data.recipes import Lengths
-from mlm.decoding.buckets import shards
+from mlm.decoding.buckets import TokenLists, shards
 from mlm.decoding.generate import Generator
 from mlm.decoding.ngrams import Trigrams
+from mlm.decoding.phrases import stop_size
 from mlm.decoding.state import Decoded
 from mlm.evaluation.language_loss import LanguageLosses
 from mlm.evaluation.results import LanguageTable, language_table, totals
 from mlm.session.session import Session
-from mlm.types import Params
+from mlm.types import PAD_ID, Params
 
 GROUP = 1024  # examples; their tasks are evaluated together, and their results known
 LOSS_ROWS = 16  # rows of a batch when losses are measured
@@ -36,7 +37,9 @@ def evaluate_each(
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
     for group in _groups(read_examples(tasks, session.vocabulary, lengths, split, num_examples)):
         tables = _tables(session, group, lengths)
-        predictions = Predictions(generator, session.params, session.draft_params(generator), session.table)
+        predictions = Predictions(
+            generator, session.params, session.draft_params(generator), session.table, generator.config.stop
+        )
         asked = [example for name, examples in group.items() if predicts(name) for example in examples]
         begins = partial(forced_beginning, vocabulary=session.vocabulary)
         predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], [e.language for e in asked])
@@ -45,7 +48,7 @@ def evaluate_each(
             result = {**session.about(name, split), "examples": len(examples), **totals(tables[name])}
             result["metrics"] = outcome.metrics
             if outcome.predictions:
-                result["decode"] = dataclasses.asdict(generator.config)
+                result["decode"] = generator.config.plain()
                 result["samples"] = _samples(session, examples, outcome.predictions)
             yield name, {**result, "languages": tables[name]}
 
@@ -74,7 +77,7 @@ def outcome_of(
 
 class Predictions:
     """(sources, forced beginnings) -> tokens. Remembers what it has decoded, so that the examples of many tasks can be
-    decoded together before SeqIO asks for them one task at a time.
+    decoded together before SeqIO asks for them one task at a time. stop: sequences that end a text, and are cut off.
     """
 
     def __init__(
@@ -83,8 +86,10 @@ class Predictions:
         params: Params,
         draft: Params | None = None,
         table: Trigrams | None = None,
+        stop: TokenLists = (),
     ):
         self._generator, self._params, self._draft, self._table = generator, params, draft, table
+        self._stop = stop
         self._known: dict[tuple[int, tuple[bytes, bytes]], np.ndarray] = {}
 
     def learn(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> None:
@@ -102,6 +107,8 @@ class Predictions:
             draft=self._draft,
             table=self._table,
         )
+        for row, length, (_, prompt) in zip(found.tokens[:, 0], found.lengths[:, 0], new.values(), strict=True):
+            row[length - stop_size(row[len(prompt) : length], self._stop) :] = PAD_ID
         self._known.update(zip(new, found.tokens[:, 0], strict=True))
 
     def __call__(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> np.ndarray:

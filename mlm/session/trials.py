@@ -58,7 +58,11 @@ class Trials:
         """Raises ValueError for what the model or its examples cannot be decoded with."""
         clock = _Clock(generator)
         predictions = Predictions(
-            clock, self._session.params, self._session.draft_params(generator), self._session.table
+            clock,
+            self._session.params,
+            self._session.draft_params(generator),
+            self._session.table,
+            generator.config.stop,
         )
         metrics = self._outcome(task, predictions)
         return Trial(metrics, len(self._examples[task]), clock.tokens, clock.seconds, clock.passes)

@@ -4,6 +4,8 @@ import pytest
 
 from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.config import METHODS, DecodeConfig
+from mlm.decoding.constrained import ConstrainedBeam
+from mlm.decoding.guided import ValueGuidedBeam
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.selectors import Greedy, Sample
 
@@ -14,6 +16,10 @@ def test_every_method_builds_its_selector():
     assert DecodeConfig(method="beam", beams=5, alpha=1.0, n_best=2).selector() == Beam(5, 1.0, 2)
     options = {"beams": 6, "groups": 3, "diversity": 1.5, "alpha": 0.2, "n_best": 2}
     assert DecodeConfig(method="diverse_beam", **options).selector() == DiverseBeam(6, 3, 1.5, 0.2, 2)
+    options = {"beams": 6, "alpha": 0.2, "n_best": 2}
+    assert DecodeConfig(method="constrained_beam", **options).selector() == ConstrainedBeam(6, 0.2, 2)
+    options |= {"value": len, "likelihood": 0.3, "valued": 7}
+    assert DecodeConfig(method="value_guided_beam", **options).selector() == ValueGuidedBeam(len, 0.3, 7, 6, 0.2, 2)
     assert all(method.summary for method in METHODS.values())
 
 
@@ -37,8 +43,8 @@ def test_options_name_fields():
         ({"method": "sample", "temperature": 0.0}, "use method='greedy'"),
         ({"method": "sample", "temperature": -1.0}, "above 0"),
         ({"temperature": 0.7}, "means nothing to method='greedy'"),
-        ({"beams": 5}, r"choose one of \['beam', 'diverse_beam'\]"),
-        ({"n_best": 2}, r"choose one of \['sample', 'beam', 'diverse_beam'\]"),
+        ({"beams": 5}, r"choose one of \['beam', 'diverse_beam'"),
+        ({"n_best": 2}, r"choose one of \['sample', 'beam', 'diverse_beam'"),
         ({"method": "beam", "top_k": 5}, "means nothing to method='beam'"),
         ({"method": "beam", "beams": 2, "n_best": 3}, "exceeds beams=2"),
         ({"method": "diverse_beam", "n_best": 5}, "exceeds beams=4"),
@@ -62,6 +68,7 @@ def test_options_name_fields():
         ({"typical": 0.9}, r"choose one of \['sample'\]"),
         ({"bad_words": ((5,), ())}, "a tuple of phrases"),
         ({"bad_words": ((-5,),)}, "a tuple of phrases"),
+        ({"stop": ((),)}, "a tuple of phrases"),
         ({"max_length": 0}, "at least 1"),
         ({"max_length": 10, "min_length": 11}, "exceeds max_length=10"),
     ],

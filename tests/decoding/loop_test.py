@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
+from mlm.decoding.phrases import constraints
 
 EOS = 1
 
@@ -97,11 +98,12 @@ def test_eight_devices_give_the_tokens_of_one(tiny, sources, config, data, tenso
     np.testing.assert_allclose(one.scores, eight.scores, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["beam", "diverse_beam"])
+@pytest.mark.parametrize("method", ["beam", "diverse_beam", "constrained_beam", "value_guided_beam"])
 def test_beams_move_inside_their_shard(tiny, method):
     """Rows over eight devices: all that devices tell each other is whether all rows are done."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    config = DecodeConfig(method=method, beams=4, n_best=3, max_length=10)
+    own = {"value": lambda tokens, length, hidden: hidden[:, 0]} if method == "value_guided_beam" else {}
+    config = DecodeConfig(method=method, beams=4, n_best=3, max_length=10, **own)
     generator = Generator(tiny.model, config, rows=NamedSharding(mesh, P("data")))
     sources = np.random.default_rng(0).integers(2, 12, (8, 8), dtype=np.int32)
     inputs = {
@@ -109,13 +111,14 @@ def test_beams_move_inside_their_shard(tiny, method):
         "source_lengths": np.full(8, 8, np.int32),
         "limits": np.full(8, 10, np.int32),
         "ids": np.arange(8, dtype=np.int32),
+        "given": constraints([[[7, 8], [9]]] * 8) if method == "constrained_beam" else {},
     }
     inputs = jax.device_put(inputs, NamedSharding(mesh, P("data")))
     params = jax.device_put(tiny.params, NamedSharding(mesh, P()))
     compiled = generator._run.lower(params, inputs).compile()
     moved = re.findall(r"= (\S+) (all-gather|all-to-all|collective-permute|all-reduce)\(", compiled.as_text())
     assert moved == [("pred[]", "all-reduce")]
-    if method == "diverse_beam":  # the other methods have a test of their own for this
+    if method in ("diverse_beam", "value_guided_beam"):  # the other methods have a test of their own for this
         eight, one = compiled(params, inputs), tiny.decode(config, sources)
         np.testing.assert_array_equal(eight.tokens, one.tokens)
         np.testing.assert_allclose(eight.scores, one.scores, rtol=1e-5)
