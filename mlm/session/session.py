@@ -47,9 +47,9 @@ class Session:
 
     Texts are cleaned and encoded as the training tasks do it. A text longer than the run's inputs loses its end, with a
     warning. `to` and `from_` name the language to be written and, where the model is told, the one that is read. Their
-    tokens stand where the run says (`template`: a converted one keeps its family's way), or else, or by language_token,
-    where translation tasks put them: `to` in the "source", or forced first in the "target", or "both", `from_` first in
-    the source and `to` in the target.
+    tokens stand where the run says (`template`: a converted one keeps its family's way, and evaluates tasks in it), or
+    else, or by language_token, where translation tasks put them: `to` in the "source", or forced first in the "target",
+    or "both", `from_` first in the source and `to` in the target.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Session:
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
         self.quantise, self.draft = quantise, draft
-        self.template = Template.from_json(data["template"]) if "template" in data else PLACES["source"]
+        self.template = Template.of_run(data)
         self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
         self._scorers: dict[int | None, Scorer] = {}
         self._token_losses = TokenLosses(model, rows=rows)
 
     def __repr__(self) -> str:
-        example = ", ".join({TO: 'to="fr"', FROM: 'from_="en"'}[name] for name in reversed(self.template.asks_for))
+        example = ", ".join({TO: 'to="fr"', FROM: 'from_="en"'}[name] for name in reversed(self._template().asks_for))
         asked = f", {example}" if example else ""
         kind = "running mean of the parameters" if self.parameters == "ema" else "parameters"
         kind += f", layers as {self.quantise}" if self.quantise else ""
@@ -176,12 +176,19 @@ class Session:
         found = self._scorer(frame.start)(self.params, sources, targets, self._languages(to, len(sources)))
         return found.totals - found.tokens[:, : len(frame.prompt)].sum(1)  # what is given costs nothing
 
-    def score_tokens(self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None = None) -> np.ndarray:
+    def score_tokens(
+        self,
+        sources: Sequence,
+        targets: Sequence,
+        languages: Sequence[int] | None = None,
+        start: int | None = None,
+    ) -> np.ndarray:
         """log P(target | source) of token lists as they stand, in nats; float32 [pairs].
 
-        languages: ids of the targets' languages, which a language-aware model asks for.
+        languages: ids of the targets' languages, which a language-aware model asks for. start: what the decoder reads
+        first, where not the model's own.
         """
-        return self._scorer()(self.params, sources, targets, languages).totals
+        return self._scorer(start)(self.params, sources, targets, languages).totals
 
     def evaluate(
         self,
@@ -216,7 +223,9 @@ class Session:
         from mlm.session.evaluating import evaluate_each
 
         self._load_tasks()
-        return evaluate_each(self, tasks, split, num_examples, self.generator(method, options))
+        search = partial(self.generator, method, options)
+        search(None)  # refuses options that make no sense before any text is read
+        return evaluate_each(self, tasks, split, num_examples, search)
 
     def tasks(self, name: str | None = None, split: str = "validation") -> list[str]:
         """The tasks of a mixture (default: the run's) that have the split."""
@@ -272,12 +281,16 @@ class Session:
 
     def frame(self, to: str | None = None, from_: str | None = None, language_token: str | None = None) -> Frame:
         """The tokens around a source, and before what is written. language_token: a name of PLACES; None: the run's."""
-        template = self.template if language_token is None else PLACES[language_token]
-        frame = template.frame(self.vocabulary, to, from_)
+        frame = self._template(language_token).frame(self.vocabulary, to, from_)
         if self.config.encoder is not None:
             return frame
         # A decoder goes on with its source: that does not end, and begins with the start token anyway.
         return frame._replace(before=[t for t in frame.before if t != self.config.start_token], after=[])
+
+    def _template(self, language_token: str | None = None) -> Template:
+        if language_token is None and self.template is not None:
+            return self.template
+        return PLACES[language_token or "source"]
 
     def _encode(self, texts: Sequence[str], to: str | None, frame: Frame) -> list[Source]:
         room = self.data["inputs_length"] - len(frame.before) - len(frame.after)
