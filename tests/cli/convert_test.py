@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 import mlm
 from mlm.cli.main import main
 from mlm.data.vocabulary import load_vocabulary
+from tests.cli.train_test import RUN
 from tests.data.published_test import train
 from tests.interop import recipe
 
@@ -124,6 +125,42 @@ def test_a_converted_translator_is_told_both_languages(tmp_path, capsys):
     flags = ["--input", str(line), "--output", str(output), "--max_length", "6", "--to", "fr", "--from", "en"]
     assert main(["infer", "--run_dir", str(tmp_path / "run"), *flags]) == 0
     assert json.loads(output.read_text())["output"] == best.text
+
+
+def test_training_that_begins_with_a_converted_translator_keeps_its_ways(tmp_path, capsys):
+    """Sources, the forced token, and the way back to Hugging Face, ids and tokenizer as published."""
+    from dataclasses import replace
+
+    from mlm.checkpoints.run_directory import RunDirectory
+    from mlm.cli import configuration
+    from mlm.cli.train import _data_of_the_run, bind_all, configured, pretrain
+    from mlm.data.templates import PLACES
+
+    folder = with_tokenizer(tmp_path / "nllb", "m2m_100", ["eng_Latn", "fra_Latn"])
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "run")]) == 0
+    given = mlm.load(tmp_path / "run")
+    found = given.evaluate("tatoeba.translate.en.fr", num_examples=2, max_length=8)
+    assert [s["inputs"][:5] + s["targets"][:5] for s in found["samples"]] == ["<2en><2fr>"] * 2
+    (tmp_path / "run.gin").write_text(RUN)
+    bind_all()
+    changes = ["MIXTURE='tatoeba.translate.en.fr'", "train.steps=1", "run.run_dir='" + str(tmp_path / "tuned") + "'"]
+    resolved = configuration.resolve([str(tmp_path / "run.gin")], changes)
+    plan = configured()
+    data = replace(plan.data, vocabulary=str(tmp_path / "run" / "vocabulary.model"))
+    plan = replace(plan, model=given.config, data=data, initial=str(tmp_path / "run"))
+    assert pretrain(plan, resolved.text) == 0
+    tuned = mlm.load(tmp_path / "tuned")
+    assert tuned.template == given.template == PLACES["both"]
+    later = replace(plan, initial=None)  # as when the run is resumed, and the other one is gone
+    assert _data_of_the_run(later, RunDirectory(tmp_path / "tuned")).template == given.template
+    assert _data_of_the_run(later, RunDirectory(tmp_path / "new")).template is None
+    assert main(["convert", "to-hf", str(tmp_path / "tuned"), str(tmp_path / "out")]) == 0
+    assert "m2m_100" in capsys.readouterr().out
+    for name in ("sentencepiece.bpe.model", "special_tokens_map.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    table = "model.shared.weight"
+    assert 0 < np.abs(before[table] - after[table]).max() < 0.1  # a small step, and rows in the published order
 
 
 def test_a_converted_encoder_reads_and_writes_nothing(tmp_path, capsys):
