@@ -74,8 +74,8 @@ class Plan:
     """A whole training run as values. gin name: `run`.
 
     optimizer: (parameter axes, shapes) -> optimizer; schedule: step -> learning rate. evaluation_rows: held-out rows
-    of every evaluation. initial: a run directory whose parameters this run begins with, and whose way of writing sources
-    it keeps where that is a published model's. report: write report.html when complete, and let the exit code say
+    of every evaluation. initial: a run directory whose parameters this run begins with; where that is a published
+    model's, its way of writing sources stays. report: write report.html when complete, and let the exit code say
     whether it passed.
     """
 
@@ -160,6 +160,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         mesh = make_mesh(plan.mesh)
         trainer = Trainer(plan.model, plan.train, plan.optimizer, mesh, len(LANGUAGES))
         trainer.check_batch(plan.data.batch_size)
+        _check_warmup(plan)
         layout = data_layout(mesh)
         directory = RunDirectory(plan.run_dir)
         data = _data_of_the_run(plan, directory)
@@ -300,6 +301,18 @@ def _data_of_the_run(plan: Plan, directory: Any) -> Any:
         )
         return dataclasses.replace(data, vocabulary=str(own))
     return data
+
+
+def _check_warmup(plan: Plan) -> None:
+    """Raises ValueError for fresh parameters with norms behind the residuals, as in BERT, at a full learning rate from
+    the first step: these diverge (Xiong et al. 2020), unless DeepNorm's constants hold them.
+    """
+    bare = [n for n, s in plan.model.stacks().items() if s.residual.order == "post" and s.residual.alpha == 1.0]
+    if bare and plan.initial is None and float(plan.schedule(0)) >= float(plan.schedule(1)):
+        raise ValueError(
+            f"{', '.join(bare)}: norms after each residual, without DeepNorm's constants, need a learning rate that "
+            "warms up, and this schedule does not rise: set schedule.warmup_steps (4,000 in Vaswani et al. 2017)"
+        )
 
 
 def _check_vocabulary(plan: Plan, vocabulary: Any) -> None:

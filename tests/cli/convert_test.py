@@ -1,11 +1,13 @@
 """`mlm convert`: a published folder becomes a run that generates, and goes back; a failure leaves nothing behind."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import mlm
 from mlm.cli.main import main
@@ -201,6 +203,39 @@ def test_errors_take_one_line_and_leave_nothing(published, run, tmp_path, capsys
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: rewrite(f / "config.json", model_type="m2m_100"), "config.json: "),
+        (lambda f: rewrite(f / "config.json", model_type="gpt2"), "model_type='gpt2' is no family"),
+        (lambda f: change(f, lambda t: t.pop("encoder.final_layer_norm.weight")), "layer_norm.weight is missing"),
+        (lambda f: change(f, lambda t: t.update({"lm_head.weight": np.zeros((3, 3), np.float32)})), "is (3, 3), the"),
+        (lambda f: os.truncate(f / "model.safetensors", 5000), "truncated"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "loading a pickle can run any code"),
+    ],
+    ids=["another family", "no family", "missing tensor", "wrong shape", "truncated", "pickle"],
+)
+def test_a_folder_that_is_not_what_it_says_becomes_no_run(published, tmp_path, capsys, spoil, message):
+    folder = shutil.copytree(published, tmp_path / "spoilt")
+    spoil(folder)
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "run")]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert said.err.count("mlm convert: ") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"spoilt"}
+
+
+def rewrite(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change(folder: Path, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
 def test_a_folder_without_tokenizer_says_what_to_do(published, tmp_path, capsys):
     config = json.loads((published / "config.json").read_text())
     config.pop("tokenizer_class")
@@ -213,8 +248,6 @@ def test_a_folder_without_tokenizer_says_what_to_do(published, tmp_path, capsys)
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     largest = max((p for p in (copy / "checkpoints/0/state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)

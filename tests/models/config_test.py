@@ -175,6 +175,14 @@ ROPE = PositionSpec(kind="rope")
         (lambda: EmbeddingSpec(length=8), r"positions='none' with length=8"),
         (lambda: dataclasses.replace(TINY.encoder, rest=1), r"rest=1 must be less than the group's 1 layers"),
         (lambda: StackConfig(group=(LAYER, OTHER), repeats=1, causal=False), r"heads and buckets must agree"),
+        (
+            lambda: LayerSpec(sublayers=(AttentionSpec(source="joint", heads=2, head_dim=4), CROSS, FFNSpec(d_ff=8))),
+            r"holds no cross-attention as well",
+        ),
+        (
+            lambda: dataclasses.replace(preset("t5gemma2_270m"), head=HeadSpec(kind="tied", multiply=0.5)),
+            r"not twice: embedding.multiply=25.2982 .* and head.multiply=0.5",
+        ),
         (lambda: dataclasses.replace(TINY, encoder=None, decoder=None), r"found neither"),
         (lambda: dataclasses.replace(TINY, encoder=None), r"there is no encoder to read"),
         (lambda: dataclasses.replace(TINY, encoder_width=64), r"encoder_width=64 .*share_embedding=False"),
