@@ -220,6 +220,7 @@ def one_line(screen: str) -> str:
         ("data.vocabulary=nowhere.model", "nowhere.model"),
         ("data.shards=3", "batch_size=8 rows do not divide over shards=3"),
         ("data.targets_length=5", "raise targets_length to"),
+        ("run.initial='nowhere'", "nowhere is not the directory of a run"),
         ("run.evaluation_split=validaton", "no task of tatoeba.denoise.fr has a split 'validaton'"),
     ],
 )
