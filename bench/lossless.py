@@ -106,13 +106,13 @@ def main():
     tokens = sum(int(one.lengths.sum()) for one in found["none"])
     rows = []
     for name, results in found.items():
-        passes, spent = sum(int(one.passes) for one in results), times[name]["seconds"]
+        passes, spent = sum(int(one.passes.sum()) for one in results), times[name]["seconds"]
         rows.append(
             {
                 "proposer": name,
                 "guesses": generators[name].config.guesses if name != "none" else 0,
                 "tokens a pass": tokens / passes,
-                "x fewer passes": sum(int(one.passes) for one in found["none"]) / passes,
+                "x fewer passes": sum(int(one.passes.sum()) for one in found["none"]) / passes,
                 "tokens/s": tokens / spent,
                 "x faster": times["none"]["seconds"] / spent,
             }

@@ -158,7 +158,7 @@ def _held_out(session: Any, tasks: Sequence[str], split: str) -> list[Batch]:
     for draw in range(GAPS_DRAWN):
         examples, language = [], {}
         for name, found in examples_once(
-            remaining, split, session.vocabulary, lengths, SEED + draw, EXAMPLES, session.template
+            remaining, split, session.vocabulary, lengths, SEED + draw, EXAMPLES, session.own_template
         ):
             examples += found
             language[name] = {example.language for example in found}
@@ -197,7 +197,7 @@ def _token_counts(session: Any) -> tuple[dict[int, np.ndarray], float]:
             targets_length=data["targets_length"],
             batch_size=ROWS,
             vocabulary=str(session.run / data["vocabulary"]),
-            template=session.template,
+            template=session.own_template,
         )
     )
 

@@ -24,7 +24,7 @@ def sample(
 
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
     names = _shown_tasks(tasks, [code for code in codes if code != "en"])
-    read = examples_once(names, split, session.vocabulary, lengths, limit=50, template=session.template)
+    read = examples_once(names, split, session.vocabulary, lengths, limit=50, template=session.own_template)
     found = {name: examples for name, examples in read if examples}
     examples = [_typical(session, found[name]) for name in names if name in found]
     if not examples or session.config.encoder is None:
@@ -61,11 +61,11 @@ def _shown_tasks(tasks: Sequence[str], codes: Iterable[str]) -> list[str]:
 def _written(model: Any, examples: Sequence[Any]) -> list[str]:
     """What the model writes greedily, without the language tokens that it was given to begin with."""
     from mlm.data.evaluator import forced_beginning
-    from mlm.session.evaluating import Predictions
+    from mlm.session.evaluating import Predictions, told
 
     prompts = [forced_beginning(e.targets, model.vocabulary) for e in examples]
-    write = Predictions(model, partial(model.generator, "greedy", {}))
-    found = write([e.inputs for e in examples], prompts, [(e.language, e.start) for e in examples])
+    write = Predictions(partial(model.generator, "greedy", {}), model.params)
+    found = write([e.inputs for e in examples], prompts, list(map(told, examples)))
     return [model.vocabulary.decode(row[len(p) :].tolist()) for row, p in zip(found, prompts, strict=True)]
 
 

@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mlm.decoding.ranking import top_k
-from mlm.decoding.state import DEAD, NEG_INF, Choice, Decoded, State
-from mlm.types import EOS_ID
+from mlm.decoding.state import DEAD, NEG_INF, Choice, Decoded, Start, State, by_example, ends
 
 
 class Finished(NamedTuple):
@@ -54,12 +53,12 @@ class Beam:
     alpha: float = 0.6
     n_best: int = 1
 
-    def init(self, ids: Int[Array, "B"], max_length: int):
-        batch, beams = ids.size, self.group
+    def init(self, start: Start):
+        batch, beams = start.ids.size, self.group
         # One beam lives at first, or the group would hold the same hypothesis K times.
         log_prob = jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, NEG_INF), batch)
         return log_prob, Finished(
-            tokens=jnp.zeros((batch, beams, max_length), jnp.int32),
+            tokens=jnp.zeros((batch, beams, start.max_length), jnp.int32),
             scores=jnp.full((batch, beams), NEG_INF),
             lengths=jnp.zeros((batch, beams), jnp.int32),
         )
@@ -68,19 +67,26 @@ class Beam:
         token, log_prob = _continuations(logits, processed, state, 2 * self.group)
         token, log_prob = (x.reshape(-1, self.group, x.shape[-1]) for x in (token, log_prob))
         candidates = _best(token, log_prob, log_prob, self.group)
-        return self.grow(candidates, _survivors(candidates, self.group), state.search, state)
+        ended = _ended(candidates, state)
+        return self.grow(candidates, ended, _survivors(candidates, ended, self.group), state.search, state)
 
     def finish(self, state: State) -> Decoded:
         tokens, scores, lengths = (x[:, : self.n_best] for x in self.results(state.search, state))
-        return Decoded(tokens, scores, lengths, state.passes)
+        return Decoded(tokens, scores, lengths, by_example(state.passes, self.group))
 
-    def grow(self, candidates: Candidates, order: Int[Array, "B K"], finished: Finished, state: State) -> Choice:
+    def grow(
+        self,
+        candidates: Candidates,
+        ended: Bool[Array, "B N"],
+        order: Int[Array, "B K"],
+        finished: Finished,
+        state: State,
+    ) -> Choice:
         """Ended candidates compete for the finished set, those that `order` names live on."""
         beams = self.group
         done, limit, length = (_first(x, beams) for x in (state.done, state.limit, state.length))
 
         token, parent, log_prob, _ = candidates
-        ended = token == EOS_ID
         live_log_prob = _take(log_prob + NEG_INF * ended, order)
         tokens = _take(state.tokens.reshape(*done.shape, beams, -1), parent)
         tokens = jnp.where(jnp.arange(tokens.shape[-1])[None, None] == length[:, None, None], token[..., None], tokens)
@@ -153,8 +159,8 @@ class DiverseBeam:
         """The search of one part; its examples are the B·G parts of all examples, its rows those of the loop."""
         return Beam(self.group // self.groups, self.alpha)
 
-    def init(self, ids: Int[Array, "B"], max_length: int):
-        log_prob, finished = self.part.init(jnp.repeat(ids, self.groups), max_length)
+    def init(self, start: Start):
+        log_prob, finished = self.part.init(start._replace(ids=jnp.repeat(start.ids, self.groups)))
         return log_prob, Searches(finished, log_prob.reshape(-1, self.part.group))
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
@@ -169,11 +175,12 @@ class DiverseBeam:
             here = token[:, part]
             count = jnp.sum(here[..., None] == chosen[:, None, None], axis=-1)
             candidates = _best(here, log_prob[:, part], rank[:, part] - self.diversity * count, beams)
-            order = _survivors(candidates, beams)
+            ended = _ended(candidates, state, part * beams)
+            order = _survivors(candidates, ended, beams)
             chosen = jnp.concatenate([chosen, _take(candidates.token, order)], axis=1)
-            parts.append((candidates, order, _take(candidates.rank, order)))
-        candidates, order, rank = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, x[0].shape[1]), *parts)
-        choice = self.part.grow(candidates, order, state.search.finished, state)
+            parts.append((candidates, ended, order, _take(candidates.rank, order)))
+        candidates, ended, order, rank = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, x[0].shape[1]), *parts)
+        choice = self.part.grow(candidates, ended, order, state.search.finished, state)
         return choice._replace(
             ended=jnp.repeat(jnp.all(choice.ended.reshape(-1, self.group), axis=1), self.group),
             search=Searches(choice.search, rank),
@@ -184,7 +191,7 @@ class DiverseBeam:
         results = jax.tree.map(lambda x: x.reshape(-1, self.group, *x.shape[2:]), results)
         _, order = top_k(results.scores, self.n_best)
         tokens, scores, lengths = (_take(x, order) for x in results)
-        return Decoded(tokens, scores, lengths, state.passes)
+        return Decoded(tokens, scores, lengths, by_example(state.passes, self.group))
 
 
 def _continuations(logits: Array, processed: Array, state: State, count: int) -> tuple[Array, Array]:
@@ -203,9 +210,18 @@ def _best(token: Array, log_prob: Array, rank: Array, beams: int) -> Candidates:
     return Candidates(token, index // rank.shape[-1], log_prob, ranks)
 
 
-def _survivors(candidates: Candidates, beams: int) -> Int[Array, "B K"]:
+def _ended(candidates: Candidates, state: State, first: int = 0) -> Bool[Array, "B N"]:
+    """Which candidates end here. first: the row of an example that their beam 0 is."""
+    if state.closing.shape[0] == 1:
+        return ends(state, candidates.token)
+    closing = state.closing.reshape(candidates.token.shape[0], -1, state.closing.shape[-1])
+    closing = _take(closing, first + candidates.parent)
+    return jnp.any(candidates.token[..., None] == closing, axis=-1)
+
+
+def _survivors(candidates: Candidates, ended: Bool[Array, "B N"], beams: int) -> Int[Array, "B K"]:
     """Places of the K best candidates that have not ended."""
-    return top_k(candidates.rank + NEG_INF * (candidates.token == EOS_ID), beams)[1]
+    return top_k(candidates.rank + NEG_INF * ended, beams)[1]
 
 
 def _first(x: Array, beams: int) -> Array:

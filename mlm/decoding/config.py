@@ -22,7 +22,7 @@ class Method(NamedTuple):
 
 
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
-_GUESSING = ("proposer", "guesses")
+_GUESSING = ("proposer", "guesses", "branches")
 METHODS: Registry[Method] = Registry(
     "decoding method",
     greedy=Method(lambda c: Greedy(), ("repetition_penalty", *_GUESSING), "the most probable token at every step"),
@@ -43,7 +43,8 @@ METHODS: Registry[Method] = Registry(
     ),
 )
 # What forbids tokens and reshapes nothing means something to every method.
-ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words")
+ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words", "stop")
+PHRASES = ("bad_words", "stop")  # options that are phrases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,11 @@ class DecodeConfig:
     repetition_penalty: float = 1.0  # 1: off
     no_repeat_ngram: int = 0  # n-grams that may not occur twice; 0: off
     bad_words: tuple[tuple[int, ...], ...] = ()  # phrases of token ids that may not be written
+    stop: tuple[tuple[int, ...], ...] = ()  # phrases of token ids behind which a text ends, as behind EOS
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
     guesses: int = 8  # tokens guessed a pass
+    branches: int = 1  # guesses behind a guess at most: 1 makes a chain of them, more a tree
 
     def __post_init__(self):
         allowed = (*ALWAYS, *METHODS[self.method].options)
@@ -87,20 +90,24 @@ class DecodeConfig:
                     f"{field.name}={value!r} means nothing to method={self.method!r}; leave it at {field.default!r} "
                     f"or choose one of {users}"
                 )
-        PROPOSERS[self.proposer]
-        if self.proposer == "none" and self.guesses != type(self).guesses:
-            raise ValueError(
-                f"guesses={self.guesses} means nothing without a proposer; name one of {sorted(PROPOSERS)}"
-            )
+        proposer = PROPOSERS[self.proposer]
+        for name in ("guesses", "branches"):
+            if name not in proposer.options and getattr(self, name) != getattr(type(self), name):
+                able = [able for able, kind in PROPOSERS.items() if name in kind.options]
+                raise ValueError(
+                    f"{name}={getattr(self, name)} means nothing to proposer={self.proposer!r}; name one of {able}"
+                )
         for name, rule, holds in _RULES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
                 raise ValueError(f"{name}={value!r} must be {rule}")
-        if not isinstance(self.bad_words, tuple) or not all(map(_phrase, self.bad_words)):
-            raise ValueError(
-                f"bad_words={self.bad_words!r} must be a tuple of phrases, each a tuple of one token id or more, as "
-                "((17, 4), (23,))"
-            )
+        for name in PHRASES:
+            phrases = getattr(self, name)
+            if not isinstance(phrases, tuple) or not all(map(_phrase, phrases)):
+                raise ValueError(
+                    f"{name}={phrases!r} must be a tuple of phrases, each a tuple of one token id or more, as "
+                    "((17, 4), (23,))"
+                )
         if self.min_length > self.max_length:
             raise ValueError(f"min_length={self.min_length} exceeds max_length={self.max_length}")
         if self.method == "diverse_beam" and self.beams % self.groups:
@@ -113,9 +120,14 @@ class DecodeConfig:
         return METHODS[self.method].selector(self)
 
     @property
+    def block(self) -> int:
+        """Tokens that a pass reads at most: the newest one, and guesses."""
+        return 1 if self.proposer == "none" else self.guesses + 1
+
+    @property
     def slots(self) -> int:
         """Slots that a cache must have: of the longest row, and of the guesses behind it."""
-        return self.max_length + (0 if self.proposer == "none" else self.guesses + 1)
+        return self.max_length + PROPOSERS[self.proposer].blocks * (self.guesses + 1)
 
     def processors(self) -> tuple[Processor, ...]:
         """The processors that are switched on, in the order of `PROCESSORS`."""
@@ -152,5 +164,6 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("repetition_penalty", "above 0 (1: off)", lambda v: 0 < v < float("inf")),
     ("no_repeat_ngram", "an integer of at least 0 (0: off)", _integer(0)),
     ("guesses", "an integer of at least 1", _integer(1)),
+    ("branches", "an integer of at least 1", _integer(1)),
     ("seed", "an integer of at least 0", _integer(0)),
 )

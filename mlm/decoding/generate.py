@@ -1,5 +1,8 @@
 """Sources in, decoded tokens out: batches, pads to few shapes, compiles once per shape, returns host arrays."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +10,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens, fill, pad, shards, target_languages
-from mlm.decoding.config import DecodeConfig
-from mlm.decoding.loop import decode
+from mlm.decoding.config import PHRASES, DecodeConfig
+from mlm.decoding.loop import NOTHING, decode
+from mlm.decoding.ngrams import Trigrams
 from mlm.decoding.proposers import PROPOSERS, Inputs
-from mlm.decoding.state import NEG_INF, Decoded, Step
+from mlm.decoding.ranking import cut
+from mlm.decoding.state import NEG_INF, Decoded, Read, Seen, Step
 from mlm.models.transformer import Transformer
+from mlm.models.tree import Tree
 from mlm.types import EOS_ID, Params, PyTree
 
 
@@ -33,7 +39,8 @@ class Generator:
         draft: Transformer | None = None,
     ):
         _check_draft(model, config, draft)
-        check_tokens("phrase of bad_words", config.bad_words, model.config.vocab_size)
+        for name in PHRASES:
+            check_tokens(f"phrase of {name}", getattr(config, name), model.config.vocab_size)
         self.model, self.config, self.draft = model, config, draft
         self.compilations = 0  # shapes seen so far; each costs seconds once
         self._rows = rows
@@ -50,14 +57,17 @@ class Generator:
         limits: Ints | None = None,
         ids: Ints | None = None,
         languages: Ints | None = None,
+        given: Mapping[str, np.ndarray] = NOTHING,
         draft: Params | None = None,
+        table: Trigrams | None = None,
     ) -> Decoded:
         """Results in the order of `sources`, as NumPy arrays; see `Decoded`, and `decode` for the options.
 
         languages: target language id of each source, which a language-aware model asks for. draft: parameters of the
-        smaller model. A decoder alone goes on from its sources: they are the beginnings of its results.
-        `passes` sums over batches. Raises ValueError for an empty source, a token outside the vocabulary, or a prompt
-        that leaves no room below its limit.
+        smaller model. table: trigrams for the proposers that look them up. given: arrays of one row per source, see
+        `decode`. A decoder alone goes on from its sources: they
+        are the beginnings of its results. Raises ValueError for an empty source, a token outside the vocabulary, or a
+        prompt that leaves no room below its limit.
         """
         count, width = len(sources), self.config.max_length
         check_tokens("source", sources, self.model.config.vocab_size)
@@ -66,9 +76,9 @@ class Generator:
             sources, prompts = [[EOS_ID]] * count, [[*s, *p] for s, p in zip(sources, told, strict=True)]
         limits = np.full(count, width) if limits is None else np.minimum(limits, width)
         ids = np.arange(count) if ids is None else np.asarray(ids)
-        for name, given in (("prompts", prompts), ("limits", limits), ("ids", ids)):
-            if given is not None and len(given) != count:
-                raise ValueError(f"{len(given)} {name} for {count} sources: give one per source")
+        for name, values in (("prompts", prompts), ("limits", limits), ("ids", ids), *given.items()):
+            if values is not None and len(values) != count:
+                raise ValueError(f"{len(values)} {name} for {count} sources: give one per source")
         lengths = [0] * count if prompts is None else [len(p) for p in prompts]
         for index, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
             if length >= limit:
@@ -87,50 +97,58 @@ class Generator:
         tokens = np.zeros((count, best, width), np.int32)
         scores = np.full((count, best), NEG_INF, np.float32)
         found = np.zeros((count, best), np.int32)
-        passes = 0
+        passes = np.zeros(count, np.int32)
         for chosen in batches([len(s) + n for s, n in zip(sources, lengths, strict=True)], self._batch_size):
-            inputs = jax.device_put(self._inputs(chosen, sources, prompts, limits, ids, to), self._rows)
-            out = jax.device_get(self._run(params, inputs, draft))
-            tokens[chosen], scores[chosen], found[chosen] = (x[: len(chosen)] for x in out[:3])
-            passes += int(out.passes)
-        return Decoded(tokens, scores, found, np.asarray(passes))
+            inputs = jax.device_put(self._inputs(chosen, sources, prompts, limits, ids, to, given), self._rows)
+            out = jax.device_get(self._run(params, inputs, draft, table))
+            tokens[chosen], scores[chosen], found[chosen], passes[chosen] = (x[: len(chosen)] for x in out)
+        return Decoded(tokens, scores, found, passes)
 
-    def _inputs(self, chosen, sources, prompts, limits, ids, languages) -> dict[str, np.ndarray]:
+    def _inputs(self, chosen, sources, prompts, limits, ids, languages, given) -> dict[str, Any]:
         rows = min(bucket(-(-len(chosen) // self._shards), 1) * self._shards, self._batch_size)
         picked = [sources[i] for i in chosen]
+        spare = rows - len(chosen)
         inputs = {
             "sources": pad(picked, rows, bucket(max(map(len, picked)))),
             "source_lengths": fill([len(s) for s in picked], rows, 1),
             "limits": fill(limits[chosen], rows, 0),
             "ids": fill(ids[chosen], rows, 0),
+            "given": {n: np.pad(x[chosen], [(0, spare), *[(0, 0)] * (x.ndim - 1)]) for n, x in given.items()},
         }
         if languages is not None:
             inputs["languages"] = fill(languages[chosen], rows, 0)
         if prompts is not None and any(len(prompts[i]) for i in chosen):
-            given = [prompts[i] for i in chosen]
-            longest = min(bucket(max(map(len, given)), 1), self.config.max_length)
-            inputs["prompts"] = pad(given, rows, longest)
-            inputs["prompt_lengths"] = fill([len(p) for p in given], rows, 0)
+            told = [prompts[i] for i in chosen]
+            longest = min(bucket(max(map(len, told)), 1), self.config.max_length)
+            inputs["prompts"] = pad(told, rows, longest)
+            inputs["prompt_lengths"] = fill([len(p) for p in told], rows, 0)
         return inputs
 
-    def _decode(self, params: Params, inputs: dict[str, Array], draft: Params | None = None) -> Decoded:
+    def _decode(
+        self, params: Params, inputs: Mapping[str, Any], draft: Params | None = None, table: Trigrams | None = None
+    ) -> Decoded:
         self.compilations += 1  # runs while tracing only
         step, cache = self._opened(self.model, params, inputs)
         drafting = None if self.draft is None or draft is None else self._opened(self.draft, draft, inputs)
         group = self.config.selector().group
         sources, lengths = (jnp.repeat(inputs[name], group, axis=0) for name in ("sources", "source_lengths"))
-        return decode(
-            step,
-            cache,
-            self.config,
-            ids=inputs["ids"],
-            limits=inputs["limits"],
-            prompts=inputs.get("prompts"),
-            prompt_lengths=inputs.get("prompt_lengths"),
-            proposer=PROPOSERS[self.config.proposer].make(Inputs(sources, lengths, drafting), self.config.guesses),
-        )
+        proposer = PROPOSERS[self.config.proposer]
+        with cut(self.model.placement.pieces("vocab")):
+            return decode(
+                step,
+                cache,
+                self.config,
+                ids=inputs["ids"],
+                limits=inputs["limits"],
+                prompts=inputs.get("prompts"),
+                prompt_lengths=inputs.get("prompt_lengths"),
+                given=inputs.get("given", NOTHING),
+                proposer=proposer.make(
+                    Inputs(sources, lengths, drafting, table), self.config.guesses, self.config.branches
+                ),
+            )
 
-    def _opened(self, model: Transformer, params: Params, inputs: dict[str, Array]) -> tuple[Step, PyTree]:
+    def _opened(self, model: Transformer, params: Params, inputs: Mapping[str, Any]) -> tuple[Step, PyTree]:
         """A model's step over the sources it has read, and its empty cache."""
         params, sources, to = model.unrolled(params), inputs["sources"], inputs.get("languages")
         rows = sources.shape[0] * self.config.selector().group
@@ -140,8 +158,14 @@ class Generator:
             encoded = model.encode(params, sources, real.astype(jnp.int32), languages=to)
         elif to is not None:
             to = jnp.repeat(to, rows // to.shape[0])
-        cache = model.init_cache(params, encoded, real, rows, self.config.slots, to)
-        return lambda tokens, cache: model.step(params, tokens, cache), self._shard(cache)
+        block = max(self.config.block, inputs["prompts"].shape[1] if "prompts" in inputs else 1)
+        cache = model.init_cache(params, encoded, real, rows, self.config.slots, to, block)
+
+        def step(tokens: Array, cache: PyTree, tree: Tree | None = None) -> tuple[Read, PyTree]:
+            logits, hidden, cache = model.step(params, tokens, cache, tree=tree)
+            return Read(logits, Seen(hidden)), cache
+
+        return step, self._shard(cache)
 
     def _shard(self, cache: PyTree) -> PyTree:
         """Fresh cache slots know no mesh yet; without this every device would hold all rows."""
@@ -159,11 +183,11 @@ class Generator:
 
 def _check_draft(model: Transformer, config: DecodeConfig, draft: Transformer | None) -> None:
     """Raises ValueError where the draft model is missing, not asked for, or of another vocabulary or kind."""
-    wanted = config.proposer == "draft_model"
+    wanted = PROPOSERS[config.proposer].drafts
     if wanted != (draft is not None):
         raise ValueError(
             f"proposer={config.proposer!r} {'needs a draft model and got none' if wanted else 'asks no draft model'}: "
-            "give draft together with proposer='draft_model'"
+            f"give draft together with one of {[name for name, kind in PROPOSERS.items() if kind.drafts]}"
         )
     if draft is None:
         return

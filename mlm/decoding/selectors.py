@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mlm.decoding.ranking import first_max, top_k
-from mlm.decoding.state import Choice, Decoded, State, token_log_prob
-from mlm.types import EOS_ID
+from mlm.decoding.state import Choice, Decoded, Start, State, by_example, ends, token_log_prob
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,8 @@ class Greedy:
 
     group: int = 1
 
-    def init(self, ids: Int[Array, "B"], max_length: int):
-        return jnp.zeros(ids.shape, jnp.float32), ()
+    def init(self, start: Start):
+        return jnp.zeros(start.ids.shape, jnp.float32), ()
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
         return _extend(state, logits, first_max(processed))
@@ -39,10 +38,10 @@ class Sample:
     group: int = 1
     seed: int = 0
 
-    def init(self, ids: Int[Array, "B"], max_length: int):
-        examples = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), ids)
+    def init(self, start: Start):
+        examples = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), start.ids)
         rows = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(examples, jnp.arange(self.group))
-        return jnp.zeros(ids.size * self.group, jnp.float32), rows.reshape(-1)
+        return jnp.zeros(start.ids.size * self.group, jnp.float32), rows.reshape(-1)
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
         keys = jax.vmap(jax.random.fold_in)(state.search, state.length)
@@ -54,11 +53,11 @@ class Sample:
 
 
 def _extend(state: State, logits: Array, token: Array) -> Choice:
-    return Choice(token, state.log_prob + token_log_prob(logits, token), token == EOS_ID, state.search)
+    return Choice(token, state.log_prob + token_log_prob(logits, token), ends(state, token), state.search)
 
 
 def _by_score(state: State, group: int) -> Decoded:
     """Groups the rows by example, best total log-probability first."""
     scores, order = top_k(state.log_prob.reshape(-1, group), group)
     rows = jnp.arange(order.shape[0])[:, None] * group + order
-    return Decoded(state.tokens[rows], scores, state.length[rows], state.passes)
+    return Decoded(state.tokens[rows], scores, state.length[rows], by_example(state.passes, group))

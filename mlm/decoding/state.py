@@ -7,17 +7,20 @@ The newest one is `pending`; each pass begins by feeding it, so a block of guess
 rolled back by not counting it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mlm.types import PyTree
+from mlm.models.tree import Tree
+from mlm.types import EOS_ID, PyTree
 
 NEG_INF = -1.0e7  # nats; finite, so that sums of forbidden choices never become NaN
 DEAD = NEG_INF / 2  # a score below this belongs to a forbidden choice or to an empty place
+EOS_ALONE = np.array([[EOS_ID]], np.int32)
 
 
 class State(NamedTuple):
@@ -30,10 +33,20 @@ class State(NamedTuple):
     start: Int[Array, "R"]  # tokens of the prompt
     limit: Int[Array, "R"]  # the length at which a row stops
     done: Bool[Array, "R"]
-    passes: Int[Array, ""]  # decoder passes made by the loop
+    passes: Int[Array, "R"]  # decoder passes that the row took part in, the prompt's not counted
     cache: PyTree
     search: PyTree  # the selector's own
     proposal: PyTree = ()  # the proposer's own
+    given: PyTree = ()  # what the caller says of each row, by name
+    closing: Int[Array, "R n"] = EOS_ALONE  # tokens that would end the row here; -1: none
+    seen: "Seen | tuple[()]" = ()  # while a token is chosen: what the model says beside its logits
+
+
+class Seen(NamedTuple):
+    """What one pass says of a position beside the logits."""
+
+    hidden: Float[Array, "R D"]  # the decoder's state after the newest token
+    others: tuple[Float[Array, "R V"], ...] = ()  # logits of what the model is contrasted with
 
 
 class Choice(NamedTuple):
@@ -52,7 +65,16 @@ class Decoded(NamedTuple):
     tokens: Int[Array, "B n T"]  # prompt and EOS included; 0 beyond the length
     scores: Float[Array, "B n"]  # nats; for beam search divided by the brevity penalty
     lengths: Int[Array, "B n"]  # tokens
-    passes: Int[Array, ""]  # decoder passes made by the loop, the prompt's not counted
+    passes: Int[Array, "B"]  # decoder passes made for the example, the prompt's not counted
+
+
+class Start(NamedTuple):
+    """What a selector may know before the first choice."""
+
+    ids: Int[Array, "B"]  # number of each example, the source of its randomness
+    max_length: int
+    given: Mapping[str, Array]  # what the caller says of each example
+    hidden: Float[Array, "R P D"] | None = None  # states after the tokens read so far, those of the prompt but the last
 
 
 @runtime_checkable
@@ -63,7 +85,7 @@ class Selector(Protocol):
     def group(self) -> int:
         """Decoding rows per example."""
 
-    def init(self, ids: Int[Array, "B"], max_length: int) -> tuple[Float[Array, "R"], PyTree]:
+    def init(self, start: Start) -> tuple[Float[Array, "R"], PyTree]:
         """Log-probability each row starts from, and the selector's own state."""
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
@@ -85,8 +107,8 @@ class Proposer(Protocol):
     """
 
     @property
-    def width(self) -> int:
-        """Guesses of a pass, W."""
+    def tree(self) -> Tree:
+        """How the guesses of a pass follow each other: node 0 is the pending token, node w the w-th of W guesses."""
 
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
         """Its own state after the prompts. read: what the decoder was given, shifted right; `length` of it count."""
@@ -94,13 +116,36 @@ class Proposer(Protocol):
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
         """(guesses, its own state); -1: none. extend: how the search grows a row from given logits."""
 
-    def observe(self, own: PyTree, grown: Int[Array, "R"]) -> PyTree:
-        """Its own state after the pass, by which every row grew by so many tokens."""
+    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"]) -> PyTree:
+        """Its own state after the pass, by which every row grew by so many tokens, read at these nodes of the tree."""
 
 
 Processor = Callable[[Float[Array, "R V"], State], Float[Array, "R V"]]
-# (tokens [R,Q], cache) -> (logits [R,Q,V], hidden [R,Q,D], cache with Q more slots written and `length` as it was)
-Step = Callable[[Int[Array, "R Q"], PyTree], tuple[Array, Array, PyTree]]
+
+
+class Read(NamedTuple):
+    """What one pass says of every position of a block."""
+
+    logits: Float[Array, "R Q V"]
+    seen: Seen  # its arrays with the axis Q of the block's positions behind R
+
+
+@runtime_checkable
+class Step(Protocol):
+    """One pass of the model: Q more slots of the cache written, its `length` as it was. tree: None, a chain."""
+
+    def __call__(self, tokens: Int[Array, "R Q"], cache: PyTree, tree: Tree | None = None) -> tuple[Read, PyTree]: ...
+
+
+def ends(state: State, token: Int[Array, "R *n"]) -> Bool[Array, "R *n"]:
+    """Whether the row would end with this token: EOS, or the last one of a stop sequence."""
+    closing = state.closing.reshape(state.closing.shape[0], *(1,) * (token.ndim - 1), -1)
+    return jnp.any(token[..., None] == closing, axis=-1)
+
+
+def by_example(passes: Int[Array, "R"], group: int) -> Int[Array, "B"]:
+    """Passes of the row of each example that took most."""
+    return jnp.max(passes.reshape(-1, group), axis=1)
 
 
 def newest(state: State, back: int) -> Int[Array, "R"]:

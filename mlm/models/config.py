@@ -14,6 +14,7 @@ from mlm.models.specs import (
     LayerSpec,
     NormSpec,
     PositionSpec,
+    RecurrentSpec,
     ResidualSpec,
     RouterSpec,
     SublayerSpec,
@@ -141,6 +142,10 @@ class StackConfig:
     def seqpe(self) -> AttentionSpec | None:
         """The attention whose positions a reader spells, if there is one."""
         return next((s for s in self.attentions() if s.position.kind == "seqpe"), None)
+
+    def branches(self) -> bool:
+        """Whether a block may be a tree: no unit carries a state from slot to slot, no reader numbers the slots."""
+        return self.seqpe() is None and not any(isinstance(spec, RecurrentSpec) for spec in self.sublayers())
 
     def shared_table(self) -> AttentionSpec | None:
         """The attention whose relative-position table the whole stack shares, if there is one."""

@@ -35,7 +35,7 @@ def relative_bucket(
 def relative_bias(
     table: Float[Array, "H buckets"],
     queries: Int[Array, "*R T"],
-    keys: Int[Array, "S"],
+    keys: Int[Array, "*_ S"],
     *,
     causal: bool,
     spec: PositionSpec,
@@ -45,7 +45,7 @@ def relative_bias(
     Packed rows need nothing more: inside one example the distance of positions is the distance of indices,
     and pairs of different examples are masked.
     """
-    relative = keys - queries[..., None]
+    relative = keys[..., None, :] - queries[..., None]
     bucket = relative_bucket(relative, bidirectional=not causal, buckets=spec.buckets, max_distance=spec.max_distance)
     return jnp.moveaxis(table[:, bucket], 0, -3)
 
@@ -74,9 +74,9 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([slopes, between[: heads - power]]).astype(np.float32)
 
 
-def alibi_bias(heads: int, queries: Int[Array, "*R T"], keys: Int[Array, "S"]) -> Float[Array, "*R {heads} T S"]:
+def alibi_bias(heads: int, queries: Int[Array, "*R T"], keys: Int[Array, "*_ S"]) -> Float[Array, "*R {heads} T S"]:
     """-slope x distance in tokens, whichever the direction."""
-    distance = jnp.abs(keys - queries[..., None]).astype(jnp.float32)
+    distance = jnp.abs(keys[..., None, :] - queries[..., None]).astype(jnp.float32)
     return -alibi_slopes(heads)[:, None, None] * distance[..., None, :, :]
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mlm.models.positions import alibi_bias, from_diagonals, relative_bias
 from mlm.models.specs import NO_POSITION, PositionSpec
+from mlm.models.tree import Tree
 
 Reach = tuple[int | None, int | None]
 
@@ -34,7 +35,8 @@ class Sight:
     causal None: no order holds between the two (another stack's keys). window: see `AttentionSpec`. segments: of
     queries and keys; a query sees its own example only, and nobody sees segment 0, padding (None: all are one
     example). prefix: queries and keys that see each other whatever the order, within the window. table: the biases
-    of t5_bucket.
+    of t5_bucket. tree: of the queries, whose keys stand from slot `start` on: a query sees the keys before and its own
+    ancestors, at the distance of their depths. ring: the S keys are the newest of a row, each at its index modulo S.
     """
 
     shape: tuple[int, int]
@@ -47,6 +49,8 @@ class Sight:
     position: PositionSpec = NO_POSITION
     heads: int = 0
     table: Float[Array, "H buckets"] | None = None
+    tree: Tree | None = None
+    ring: bool = False
 
     def drawn(self) -> Drawn:
         return Drawn(self.mask(), self.bias())
@@ -57,7 +61,26 @@ class Sight:
             mask = self._ordered()
         if self.segments is not None:
             mask = mask & segment_mask(*self.segments)
+        if self.tree is not None:
+            mask = mask & self._ancestry(self.tree)
+        if self.ring:
+            mask = mask & (self._keys() >= 0)[:, None]
         return mask[:, None]
+
+    def on_ring(self, slots: int) -> "Sight":
+        """The same queries before the ring that holds the newest keys of their rows."""
+        sight = replace(self, shape=(self.shape[0], slots), ring=True)
+        if self.prefix is None:
+            return sight
+        place = sight._keys() - jnp.asarray(self.start)[:, None]
+        queries = self.prefix[0]
+        flags = jnp.take_along_axis(queries, jnp.clip(place, 0, self.shape[0] - 1), axis=1)
+        return replace(sight, prefix=(queries, flags & (place >= 0)))
+
+    def _ancestry(self, tree: Tree) -> Bool[Array, "R T S"]:
+        node = self._keys() - jnp.asarray(self.start)[:, None]
+        related = jnp.asarray(tree.ancestors)[:, jnp.clip(node, 0, tree.size - 1)]
+        return (node < 0)[:, None] | (jnp.moveaxis(related, 0, 1) & (node < tree.size)[:, None])
 
     def _ordered(self) -> Bool[Array, "_ T S"]:
         mask = order_mask(*self._indices(), reach(causal=bool(self.causal), window=self.window))
@@ -71,20 +94,37 @@ class Sight:
     def bias(self) -> Float[Array, "_ H T S"] | None:
         """Of the distance alone, so one query's row of T + S - 1 keys holds every entry."""
         queries, keys = self._indices()
-        last, keys = queries[..., -1:], keys[0] + jnp.arange(sum(self.shape) - 1)
-        if self.position.kind == "t5_bucket":
-            assert self.table is not None
-            row = relative_bias(self.table, last, keys, causal=bool(self.causal), spec=self.position)
-        elif self.position.kind == "alibi":
-            row = alibi_bias(self.heads, last, keys)
-        else:
+        if self.tree is not None or self.ring:  # where nothing runs along diagonals
+            return self._between(queries, keys)
+        row = self._between(queries[..., -1:], keys[0] + jnp.arange(sum(self.shape) - 1))
+        if row is None:
             return None
         bias = from_diagonals(row[..., 0, :], self.shape[0])
         return bias[None] if bias.ndim == 3 else bias
 
-    def _indices(self) -> tuple[Int[Array, "*R T"], Int[Array, "S"]]:
-        queries, keys = self.shape
-        return jnp.asarray(self.start)[..., None] + jnp.arange(queries), self.first_key + jnp.arange(keys)
+    def _between(self, queries: Int[Array, "*R T"], keys: Int[Array, "*_ S"]) -> Float[Array, "*R H T S"] | None:
+        if self.position.kind == "t5_bucket":
+            assert self.table is not None
+            return relative_bias(self.table, queries, keys, causal=bool(self.causal), spec=self.position)
+        if self.position.kind == "alibi":
+            return alibi_bias(self.heads, queries, keys)
+        return None
+
+    def _indices(self) -> tuple[Int[Array, "*R T"], Int[Array, "*_ S"]]:
+        """Places of queries and keys."""
+        start, keys = jnp.asarray(self.start)[..., None], self._keys()
+        if self.tree is None:
+            return start + jnp.arange(self.shape[0]), keys
+        node = jnp.clip(keys - start, 0, self.tree.size - 1)
+        return start + self.tree.depth, jnp.where(keys < start, keys, start + jnp.asarray(self.tree.depth)[node])
+
+    def _keys(self) -> Int[Array, "*_ S"]:
+        """Index of every key in its row; of a ring, that of the last one written to its slot by the block's end."""
+        slots = jnp.arange(self.shape[1])
+        if not self.ring:
+            return self.first_key + slots
+        newest = jnp.asarray(self.start)[:, None] + self.shape[0] - 1
+        return newest - (newest - slots) % self.shape[1]
 
     def reach(self) -> Reach:
         """How far order lets a query see behind and ahead of itself, for all that is known before a run."""
@@ -144,12 +184,12 @@ def reach(*, causal: bool, window: int | None, prefix: bool = False) -> Reach:
     return ((window - 1) // 2, window // 2) if window else (None, None)
 
 
-def order_mask(queries: Int[Array, "*R T"], keys: Int[Array, "S"], reach: Reach) -> Bool[Array, "*R T S"]:
+def order_mask(queries: Int[Array, "*R T"], keys: Int[Array, "*_ S"], reach: Reach) -> Bool[Array, "*R T S"]:
     """True where a key stands within reach of a query, by their indices in the row.
 
     Examples of a packed row are contiguous, so indices decide within each.
     """
-    ahead = keys - queries[..., None]
+    ahead = keys[..., None, :] - queries[..., None]
     mask = jnp.ones(ahead.shape, bool)
     behind_most, ahead_most = reach
     if ahead_most is not None:

@@ -22,6 +22,7 @@ from mlm.models.routing import rebalanced
 from mlm.models.seqpe import PositionReader, Reading, bias
 from mlm.models.sight import Sight
 from mlm.models.specs import FFNSpec, LayerSpec
+from mlm.models.tree import Tree
 from mlm.models.view import View, slots_of
 from mlm.types import Hidden, Params, Placement, PyTree, Segments, SourceHidden, SourceSegments
 
@@ -198,6 +199,16 @@ class Stack:
         x = frame.final_norm(x, its.target_languages) if config.final_norm else x
         return dropout(x, its.rate, None if keys is None else keys[1]), _by_depth(notes, rest_notes)
 
+    def _rings(self, params: Params, own: tuple[PyTree, ...]) -> dict[int, int]:
+        """window -> slots that the layers with such a window have."""
+        found = {}
+        for layer, slots in zip(self.layer_list(params), own, strict=True):
+            for name in slots:
+                window = getattr(getattr(layer, name).spec, "window", None)
+                if window is not None:
+                    found[window] = slots[name]["key"].shape[2]
+        return found
+
     def read_positions(self, params: Params, length: int) -> Reading | None:
         """What queries and keys at the first `length` positions add to the logits; None if nobody reads positions.
 
@@ -253,10 +264,11 @@ class Stack:
         real: Bool[Array, "B S"] | None,
         rows: int,
         length: int,
+        block: int,
         dtype: jnp.dtype,
     ) -> tuple[PyTree, PyTree]:
         """(what is kept of the encoder's states per layer, empty slots per layer): see `Transformer.init_cache`."""
-        both = [layer.init_cache(memory, real, rows, length, dtype) for layer in self.layer_list(params)]
+        both = [layer.init_cache(memory, real, rows, length, block, dtype) for layer in self.layer_list(params)]
         return tuple(kept for kept, _ in both), tuple(own for _, own in both)
 
     def step(
@@ -266,16 +278,22 @@ class Stack:
         cache: PyTree,
         placement: Placement,
         prefix: Bool[Array, "R Q"] | None = None,
+        tree: Tree | None = None,
     ) -> tuple[Float[Array, "R Q D"], tuple[PyTree, ...]]:
         """Final normed states of a block of Q positions per row, and the self slots with the block written.
 
-        prefix: positions of the block that see each other both ways.
+        prefix: positions of the block that see each other both ways. tree: of its nodes, whose depths are their places.
         """
         config, frame = self.config, self._bind_frame(params)
-        slots = jax.tree.leaves(cache["self"])[0].shape[2]
+        if tree is not None and not config.branches():
+            raise ValueError(
+                "a stack with recurrent units, or whose positions are read as digits, takes chains of guesses only: "
+                "what it makes of a token depends on the slot before it"
+            )
+        slots = max(leaf.shape[2] for leaf in jax.tree.leaves(cache["self"]))
         start, block = cache["length"], rows.shape[1]
-        at = start[:, None] + jnp.arange(block)
-        own = Sight(shape=(block, slots), start=start, causal=config.causal)
+        at = start[:, None] + (jnp.arange(block) if tree is None else tree.depth)
+        own = Sight(shape=(block, slots), start=start, causal=config.causal, tree=tree)
         if prefix is not None:
             own = replace(own, prefix=(prefix, slots_of(prefix, start, slots)))
         source = cache.get("source_mask")
@@ -291,6 +309,7 @@ class Stack:
             ),
             specs=config.attentions(),
             table=frame.position[...] if config.shared_table() else None,
+            rings=self._rings(params, cache["self"]),
             attend=attend,  # a block against its cache is small: what plain attention makes of it is Q x M
             draws=True,
             spelled=bias(cache["positions"].query[at], cache["positions"].key) if config.seqpe() else None,

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 
 from mlm.data.batching import Example
-from mlm.data.evaluator import compute_metrics, forced_beginning, packed_batches, predicts, read_examples
+from mlm.data.evaluator import Outcome, compute_metrics, forced_beginning, packed_batches, predicts, read_examples
 from mlm.data.languages import LANGUAGES
 from mlm.data.recipes import Lengths
 from mlm.decoding.buckets import shards
 from mlm.decoding.generate import Generator
+from mlm.decoding.ngrams import Trigrams
+from mlm.decoding.state import Decoded
 from mlm.evaluation.language_loss import LanguageLosses
 from mlm.evaluation.results import LanguageTable, language_table, totals
 from mlm.session.session import Session
+from mlm.types import Params
 
 GROUP = 1024  # examples; their tasks are evaluated together, and their results known
 LOSS_ROWS = 16  # rows of a batch when losses are measured
@@ -24,50 +27,76 @@ SAMPLES = 5  # examples of a task that a result shows
 
 Tokens = Sequence[np.ndarray]
 Group = dict[str, list[Example]]
-Search = Callable[[int | None], Generator]  # start token, None for the model's own -> what decodes from there
 Told = tuple[int, int]  # what a model is told beside the source: the target's language id, and where it starts
+Search = Callable[[int | None], Callable[..., Decoded]]  # start token, None for the model's own -> generator
 
 
 def evaluate_each(
-    session: Session, tasks: Sequence[str], split: str, num_examples: int | None, search: Search
+    session: Session, tasks: Sequence[str], split: str, num_examples: int | None, generator: Generator
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(task, result) in order: metrics, loss and bits per byte by language, how it was decoded, a few samples."""
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
     read = partial(read_examples, tasks, session.vocabulary, lengths, split, num_examples)
-    for group in _groups(read(template=session.template)):
+    for group in _groups(read(template=session.own_template)):
         tables = _tables(session, group, lengths)
-        predictions = Predictions(session, search)
+        search = partial(session.beginning, generator)
+        predictions = Predictions(search, session.params, session.draft_params(generator), session.table)
         asked = [example for name, examples in group.items() if predicts(name) for example in examples]
+        if asked:
+            check_sources_are_read(session)
         begins = partial(forced_beginning, vocabulary=session.vocabulary)
-        predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], list(map(_told, asked)))
+        predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], list(map(told, asked)))
         for name, examples in group.items():
-            outcome = compute_metrics(
-                name,
-                session.vocabulary,
-                lengths,
-                predict=_telling(predictions, {_key(e.inputs, begins(e.targets)): _told(e) for e in examples}),
-                score=_telling(partial(_scored, session), {_key(e.inputs, e.targets): _told(e) for e in examples}),
-                split=split,
-                num_examples=num_examples,
-                template=session.template,
-            )
+            outcome = outcome_of(session, name, examples, predictions, lengths, split, num_examples)
             result = {**session.about(name, split), "examples": len(examples), **totals(tables[name])}
             result["metrics"] = outcome.metrics
             if outcome.predictions:
-                result["decode"] = dataclasses.asdict(search(None).config)
+                result["decode"] = dataclasses.asdict(generator.config)
                 result["samples"] = _samples(session, examples, outcome.predictions)
             yield name, {**result, "languages": tables[name]}
+
+
+def check_sources_are_read(session: Session) -> None:
+    """Raises ValueError for a decoder alone."""
+    if session.config.encoder is None:
+        raise ValueError(
+            f"{session.run.path} holds a decoder alone, which is trained on the targets of a task and never reads its "
+            "inputs: what it would write says nothing. Evaluate tasks without metrics of written text"
+        )
+
+
+def outcome_of(
+    session: Session,
+    name: str,
+    examples: Sequence[Example],
+    predict: Callable[[Tokens, Tokens, Sequence[Told]], np.ndarray],
+    lengths: Lengths,
+    split: str,
+    num_examples: int | None,
+) -> Outcome:
+    """The metrics of a task whose examples have been read. predict: (sources, prompts, what the model is told) ->
+    tokens.
+    """
+    begins = partial(forced_beginning, vocabulary=session.vocabulary)
+    return compute_metrics(
+        name,
+        session.vocabulary,
+        lengths,
+        predict=_telling(predict, {_key(e.inputs, begins(e.targets)): told(e) for e in examples}),
+        score=_telling(partial(_scored, session), {_key(e.inputs, e.targets): told(e) for e in examples}),
+        split=split,
+        num_examples=num_examples,
+        template=session.own_template,
+    )
 
 
 class Predictions:
     """(sources, forced beginnings, what the model is told) -> tokens. Remembers what it has decoded, so that the
     examples of many tasks can be decoded together before SeqIO asks for them one task at a time.
-
-    Raises ValueError for a decoder alone, which is trained on targets without their sources.
     """
 
-    def __init__(self, session: Session, search: Search):
-        self._session, self._search = session, search
+    def __init__(self, search: Search, params: Params, draft: Params | None = None, table: Trigrams | None = None):
+        self._search, self._params, self._draft, self._table = search, params, draft, table
         self._known: dict[tuple[Told, tuple[bytes, bytes]], np.ndarray] = {}
 
     def learn(self, sources: Tokens, prompts: Tokens, told: Sequence[Told]) -> None:
@@ -76,24 +105,16 @@ class Predictions:
         new = {(t, _key(s, p)): (s, p) for s, p, t in asked if (t, _key(s, p)) not in self._known}
         for first in sorted({start for (_, start), _ in new}):
             alike = {key: value for key, value in new.items() if key[0][1] == first}
-            self._known.update(zip(alike, self._decoded(alike, first or None), strict=True))
-
-    def _decoded(self, asked: Mapping[tuple[Told, tuple[bytes, bytes]], tuple], start: int | None) -> np.ndarray:
-        if self._session.config.encoder is None:
-            raise ValueError(
-                f"{self._session.run.path} holds a decoder alone, which is trained on the targets of a task and never "
-                "reads its inputs: what it would write says nothing. Evaluate tasks without metrics of written text"
+            found = self._search(first or None)(
+                self._params,
+                [source for source, _ in alike.values()],
+                prompts=[prompt for _, prompt in alike.values()],
+                ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in alike],
+                languages=[language for (language, _), _ in alike],
+                draft=self._draft,
+                table=self._table,
             )
-        generator = self._search(start)
-        found = generator(
-            self._session.params,
-            [source for source, _ in asked.values()],
-            prompts=[prompt for _, prompt in asked.values()],
-            ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in asked],
-            languages=[language for (language, _), _ in asked],
-            draft=self._session.draft_params(generator),
-        )
-        return found.tokens[:, 0]
+            self._known.update(zip(alike, found.tokens[:, 0], strict=True))
 
     def __call__(self, sources: Tokens, prompts: Tokens, told: Sequence[Told]) -> np.ndarray:
         """int32 [examples, length]: the best result of each, beginning and end of sequence included."""
@@ -101,14 +122,14 @@ class Predictions:
         return np.stack([self._known[t, _key(s, p)] for s, p, t in zip(sources, prompts, told, strict=True)])
 
 
+def told(example: Example) -> Told:
+    return example.language, example.start
+
+
 def _scored(session: Session, sources: Tokens, targets: Tokens, told: Sequence[Told]) -> np.ndarray:
     """log P(target | source) of one task's examples, which all start alike."""
     languages, starts = zip(*told, strict=True)
     return session.score_tokens(sources, targets, languages, starts[0] or None)
-
-
-def _told(example: Example) -> Told:
-    return example.language, example.start
 
 
 def _telling(function: Callable[..., np.ndarray], told: Mapping[tuple[bytes, bytes], Told]) -> Callable:

@@ -152,7 +152,7 @@ def test_training_that_begins_with_a_converted_translator_keeps_its_ways(tmp_pat
     plan = replace(plan, model=given.config, data=data, initial=str(tmp_path / "run"))
     assert pretrain(plan, resolved.text) == 0
     tuned = mlm.load(tmp_path / "tuned")
-    assert tuned.template == given.template == PLACES["both"]
+    assert tuned.own_template == given.own_template == PLACES["both"]
     later = replace(plan, initial=None)  # as when the run is resumed, and the other one is gone
     assert _data_of_the_run(later, RunDirectory(tmp_path / "tuned")).template == given.template
     assert _data_of_the_run(later, RunDirectory(tmp_path / "new")).template is None

@@ -113,10 +113,10 @@ def test_a_part_waits_for_its_most_probable_beam_whatever_ranks_first(second, st
     none, two = jnp.zeros((2,), jnp.int32), jnp.zeros((1, 2), jnp.int32)
     finished = Finished(jnp.zeros((1, 2, 4), jnp.int32), jnp.array([[-1.5, -2.0]]), two + 2)
     state = State(
-        jnp.zeros((2, 4), jnp.int32), none + 2, none, none - 0.5, none, none + 4, none > 0, none[0], {}, finished
+        jnp.zeros((2, 4), jnp.int32), none + 2, none, none - 0.5, none, none + 4, none > 0, none, {}, finished
     )
     candidates = Candidates(two + 5, two, jnp.array([[-5.0, second]]), jnp.array([[-5.0, -9.0]]))
-    choice = Beam(2, alpha=0.0).grow(candidates, jnp.array([[0, 1]]), finished, state)
+    choice = Beam(2, alpha=0.0).grow(candidates, none[None] > 0, jnp.array([[0, 1]]), finished, state)
     assert choice.ended.tolist() == [stops, stops]
 
 
@@ -168,7 +168,7 @@ def test_min_length_forbids_an_early_end_and_leaves_scores_alone(tiny, sources):
 
 def test_the_search_stops_when_nothing_can_improve(tiny, sources):
     config = DecodeConfig(method="beam", beams=1, alpha=0.0, max_length=10)
-    passes = [int(tiny.decode(config, [source]).passes) for source in sources]
+    passes = [int(tiny.decode(config, [source]).passes[0]) for source in sources]
     assert min(passes) < 10
 
 

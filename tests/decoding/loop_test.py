@@ -124,10 +124,10 @@ def test_beams_move_inside_their_shard(tiny, method):
 def test_the_loop_ends_with_its_last_row(tiny, sources):
     config = DecodeConfig(max_length=10)
     full = tiny.decode(config, sources)
-    assert int(full.passes) == full.lengths.max()
+    assert (full.passes == full.lengths[:, 0]).all()
     short = [i for i in range(8) if full.lengths[i, 0] < 10]
     out = tiny.decode(config, [sources[i] for i in short])
-    assert int(out.passes) == full.lengths[short].max() < 10
+    assert out.passes.max() == full.lengths[short].max() < 10
 
 
 def prefilled(tiny, source, width):
