@@ -1,5 +1,6 @@
 """The transformer: pure functions of a nested dict of arrays, built from a `ModelConfig`."""
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.codes import Codebook, TwoLevel, Within
+from mlm.models.codes import Codebook, TwoLevel, Within, floor
 from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
 from mlm.models.language import Bridge, Offsets, languages_of_sources
@@ -130,6 +131,13 @@ class Transformer:
         self._dtype = jnp.dtype(config.dtype)
         for stack in config.stacks().values():
             path_of(stack, config.dtype)  # refuses what does not fit before anything is traced
+        if config.head.kind == "codes" and not config.head.bias and (least := floor(config.head, config.vocab_size)):
+            warnings.warn(
+                f"tokens that share a column of the head (codes={config.head.codes}, groups={config.head.groups}) "
+                f"cannot be told apart: on average a token costs at least {least:.2f} nats; use more groups, or "
+                "bias=True",
+                stacklevel=2,
+            )
         self._ends = Template(partial(Ends, config))
         width = {"encoder": config.memory_width, "decoder": config.d_model}
         self._stacks = {name: Stack(width[name], config.memory_width, stack) for name, stack in config.stacks().items()}

@@ -39,9 +39,9 @@ class Session:
 
     Texts are cleaned and encoded as the training tasks do it. A text longer than the run's inputs loses its end, with a
     warning. `to` and `from_` name the language to be written and, where the model is told, the one that is read. Their
-    tokens stand where the run says (`template`: a converted one keeps its family's way), or else, or by language_token,
-    where translation tasks put them: `to` in the "source", or forced first in the "target", or "both", `from_` first in
-    the source and `to` in the target.
+    tokens stand where the run says (`own_template`: a converted one keeps its family's way, and evaluates tasks in it),
+    or else, or by language_token, where translation tasks put them: `to` in the "source", or forced first in the
+    "target", or "both", `from_` first in the source and `to` in the target.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class Session:
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
         self.quantise, self.draft, self.table = quantise, draft, table
-        self.template = Template.from_json(data["template"]) if "template" in data else PLACES["source"]
+        self.own_template = Template.of_run(data)
+        self.template = self.own_template or PLACES["source"]
         self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
         self._scorers: dict[tuple[int | None, float], Scorer] = {}
         self._embedder = Embedder(model, rows=rows, batch_size=batch_size)
@@ -327,12 +328,19 @@ class Session:
         languages = {"to": to, "from_": from_, "language_token": language_token}
         return query_likelihood(self, query, passages, form=form, languages=languages)
 
-    def score_tokens(self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None = None) -> np.ndarray:
+    def score_tokens(
+        self,
+        sources: Sequence,
+        targets: Sequence,
+        languages: Sequence[int] | None = None,
+        start: int | None = None,
+    ) -> np.ndarray:
         """log P(target | source) of token lists as they stand, in nats; float32 [pairs].
 
-        languages: ids of the targets' languages, which a language-aware model asks for.
+        languages: ids of the targets' languages, which a language-aware model asks for. start: what the decoder reads
+        first, where not the model's own.
         """
-        return self._scorer()(self.params, sources, targets, languages).totals
+        return self._scorer(start)(self.params, sources, targets, languages).totals
 
     def evaluate(
         self,
@@ -491,6 +499,13 @@ class Session:
             known = DecodeConfig.__dataclass_fields__
             wrong = next(name for name in options if name not in known)
             raise ValueError(f"no decoding option {wrong!r}; {nearest(wrong, known)}") from None
+        return self._generator(config, start)
+
+    def beginning(self, generator: Generator, start: int | None) -> Generator:
+        """What decodes as this one of the session's, but that its decoder reads another token first."""
+        return self._generator(generator.config, start)
+
+    def _generator(self, config: DecodeConfig, start: int | None) -> Generator:
         if (config, start) not in self._generators:
             self._generators[config, start] = Generator(
                 self._starting_with(start),
