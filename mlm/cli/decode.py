@@ -45,7 +45,8 @@ def _records() -> list[dict[str, Any]]:
     shared = [option for option in ALWAYS if option != "method"]
 
     def record(kind: str, name: str, options: list[str], methods: list[str], summary: str) -> dict[str, Any]:
-        told = {option: defaults[option] for option in options}
+        own = METHODS[name].defaults if kind == "method" else {}
+        told = {option: own.get(option, defaults[option]) for option in options}
         return {"kind": kind, "name": name, "options": told, "methods": methods, "summary": summary}
 
     def takers(option: str) -> list[str]:

@@ -1,24 +1,37 @@
 """How to decode, as one frozen record that refuses nonsense and turns itself into a selector and processors."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
+from mlm.decoding.antirepetition import FSD, ContrastiveSearch, DiscreteFSD
 from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.selectors import Greedy, Sample
-from mlm.decoding.state import Processor, Selector
+from mlm.decoding.state import Processor, Proposer, Selector
 from mlm.registry import Registry
 
 
 class Method(NamedTuple):
-    """One way to choose tokens: its selector and the options of `DecodeConfig` that mean something to it."""
+    """One way to choose tokens: its selector, the options of `DecodeConfig` that mean something to it, and those of
+    them whose default is a method's own.
+    """
 
     selector: Callable[["DecodeConfig"], Selector]
     options: tuple[str, ...]
     summary: str
+    defaults: Mapping[str, Any] = MappingProxyType({})
+
+
+T = TypeVar("T")
+
+
+def _told(value: T | None) -> T:
+    assert value is not None  # `DecodeConfig` puts the method's own default there
+    return value
 
 
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
@@ -40,6 +53,24 @@ METHODS: Registry[Method] = Registry(
         lambda c: DiverseBeam(c.beams, c.groups, c.diversity, c.alpha, c.n_best),
         ("n_best", "beams", "groups", "diversity", "alpha"),
         "beam search in groups that avoid each other's tokens (Vijayakumar et al. 2018)",
+    ),
+    contrastive_search=Method(
+        lambda c: ContrastiveSearch(_told(c.penalty_alpha), c.candidates),
+        ("candidates", "penalty_alpha"),
+        "a probable token whose decoder state is unlike all earlier ones (Su et al. 2022)",
+        {"penalty_alpha": 0.6},
+    ),
+    fsd=Method(
+        lambda c: FSD(_told(c.penalty_alpha), c.candidates, _told(c.ngram)),
+        ("candidates", "penalty_alpha", "ngram"),
+        "a probable token that no similar states were followed by earlier (Yang et al. 2023)",
+        {"penalty_alpha": 0.4, "ngram": 2},
+    ),
+    fsd_d=Method(
+        lambda c: DiscreteFSD(_told(c.penalty_alpha), c.candidates, _told(c.ngram), c.smoothing),
+        ("candidates", "penalty_alpha", "ngram", "smoothing"),
+        "a probable token that the n-grams written so far make improbable (Yang et al. 2023)",
+        {"penalty_alpha": 0.6, "ngram": 3},
     ),
 )
 # What forbids tokens and reshapes nothing means something to every method.
@@ -63,6 +94,10 @@ class DecodeConfig:
     groups: int = 2  # diverse_beam: parts of `beams`, each a search
     diversity: float = 0.5  # diverse_beam: nats that a token costs for each beam of earlier groups that chose it
     alpha: float = 0.6  # beams: exponent of the brevity penalty; 0 ranks by plain log-probability
+    candidates: int = 5  # contrastive_search, fsd, fsd_d: most probable tokens that one is chosen of
+    penalty_alpha: float | None = None  # the same: weight of the penalty, 0 is greedy; None: the method's own default
+    ngram: int | None = None  # fsd, fsd_d: tokens of the n-grams that may not come again; None: the same
+    smoothing: float = 0.9  # fsd_d: weight of n-grams against shorter ones
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
@@ -89,6 +124,9 @@ class DecodeConfig:
                     f"{field.name}={value!r} means nothing to method={self.method!r}; leave it at {field.default!r} "
                     f"or choose one of {users}"
                 )
+        for name, default in METHODS[self.method].defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         PROPOSERS[self.proposer]
         if self.proposer == "none" and self.guesses != type(self).guesses:
             raise ValueError(
@@ -96,6 +134,8 @@ class DecodeConfig:
             )
         for name, rule, holds in _RULES:
             value = getattr(self, name)
+            if value is None and name not in allowed:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
                 raise ValueError(f"{name}={value!r} must be {rule}")
         for name in PHRASES:
@@ -109,6 +149,8 @@ class DecodeConfig:
             raise ValueError(f"min_length={self.min_length} exceeds max_length={self.max_length}")
         if self.method == "diverse_beam" and self.beams % self.groups:
             raise ValueError(f"beams={self.beams} must be a multiple of groups={self.groups}, which share them equally")
+        if self.method == "fsd" and self.ngram == 1:
+            raise ValueError("ngram=1 leaves method='fsd' no states to compare; give 2 or more, or choose 'fsd_d'")
         if "beams" in allowed and self.n_best > self.beams:
             raise ValueError(f"n_best={self.n_best} exceeds beams={self.beams}, all that a beam search keeps")
 
@@ -119,6 +161,8 @@ class DecodeConfig:
     @property
     def slots(self) -> int:
         """Slots that a cache must have: of the longest row, and of the guesses behind it."""
+        if isinstance(selector := self.selector(), Proposer):
+            return self.max_length + selector.tree.size
         return self.max_length + (0 if self.proposer == "none" else self.guesses + 1)
 
     def processors(self) -> tuple[Processor, ...]:
@@ -145,6 +189,10 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("groups", "an integer of at least 1", _integer(1)),
     ("diversity", "at least 0", lambda v: 0 <= v < float("inf")),
     ("alpha", "at least 0 (a negative one would make the early stop wrong)", lambda v: v >= 0),
+    ("candidates", "an integer of at least 1", _integer(1)),
+    ("penalty_alpha", "in [0, 1] (0: greedy)", lambda v: 0 <= v <= 1),
+    ("ngram", "an integer of at least 1", _integer(1)),
+    ("smoothing", "in [0, 1]", lambda v: 0 <= v <= 1),
     ("temperature", "above 0 (for the most probable token use method='greedy')", lambda v: v > 0),
     ("top_k", "an integer of at least 0 (0: off)", _integer(0)),
     ("top_p", "in (0, 1] (1: off)", lambda v: 0 < v <= 1),

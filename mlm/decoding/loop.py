@@ -61,9 +61,11 @@ def decode(
     limits: tokens at most, prompt and EOS included; 0 for a row that only fills up the batch.
     prompts: tokens every result begins with (a language token, a given beginning), read in one pass and never scored;
     a prompt must be shorter than its limit. Only a generated EOS or stop sequence ends a row.
+    proposer: who guesses ahead; a selector that chooses among guesses of its own makes them itself.
     given: what a method or processor is to know of each example, by name (phrases that it must hold, allowed tokens).
     """
     selector, processors = config.selector(), config.processors()
+    proposer = selector if isinstance(selector, Proposer) else proposer
     state = _start(step, cache, selector, proposer, config, ids, limits, prompts, prompt_lengths, given)
     extend = partial(_extend, selector=selector, processors=processors, stop=config.stop)
     body = partial(_advance, step=step, extend=extend, proposer=proposer)
@@ -87,7 +89,7 @@ def _start(
     limit = jnp.repeat(jnp.minimum(limits, config.max_length), selector.group)
     tokens = jnp.zeros((rows, config.max_length), jnp.int32)
     length = jnp.zeros(rows, jnp.int32)
-    pending, read, hidden = jnp.full(rows, PAD_ID, jnp.int32), None, None
+    pending, read, said = jnp.full(rows, PAD_ID, jnp.int32), None, None
     if prompts is not None:
         length = jnp.repeat(prompt_lengths, selector.group)
         in_prompt = jnp.arange(prompts.shape[1])[None] < length[:, None]
@@ -96,9 +98,16 @@ def _start(
         # Shorter prompts feed slots beyond their length too; not counted, those are overwritten later.
         read = fed[:, :-1]
         said, cache = step(read, cache)
-        hidden, cache = said.seen.hidden, {**cache, "length": cache["length"] + length}
+        cache = {**cache, "length": cache["length"] + length}
         tokens = tokens.at[:, : prompt.shape[1]].set(prompt)
         pending = jnp.take_along_axis(fed, length[:, None], axis=1)[:, 0]
+
+    def hidden() -> Float[Array, "R P D"]:
+        if said is not None:
+            return said.seen.hidden
+        traced, _ = jax.eval_shape(step, pending[:, None], cache)  # nothing is read yet, yet a state has a width
+        return jnp.zeros((rows, 0, traced.seen.hidden.shape[-1]))
+
     log_prob, search = selector.init(Start(ids, config.max_length, given, hidden))
     return State(
         tokens=tokens,
@@ -124,7 +133,7 @@ def _advance(state: State, *, step: Step, extend: Extend, proposer: Proposer) ->
     read, cache = step(block, state.cache, None if tree.is_chain else tree)
     state = state._replace(cache=cache, passes=state.passes + active)
     if tree.size == 1:
-        state = _chosen(state, read, jnp.zeros_like(before), active, extend)
+        state = _chosen(state, read, tree, jnp.zeros_like(before), active, extend)
     else:
         state = _walk(state, read, guesses, tree, active, extend)
     grown = state.length - before
@@ -142,7 +151,7 @@ def _walk(
 
     def visit(carry: tuple[State, Array, Array], _: None) -> tuple[tuple[State, Array, Array], Array]:
         state, node, active = carry
-        state = _chosen(state, read, node, active, extend)
+        state = _chosen(state, read, tree, node, active, extend)
         below = children[node]
         right = (jnp.take_along_axis(guessed, below, axis=1) == state.pending[:, None]) & (below > 0)
         follows = jnp.max(jnp.where(right, below, 0), axis=1)
@@ -154,14 +163,18 @@ def _walk(
     return state._replace(cache=cache if tree.is_chain else _along(cache, path.T))
 
 
-def _chosen(state: State, read: Read, node: Int[Array, "R"], active: Bool[Array, "R"], extend: Extend) -> State:
-    """One token more, by what the pass says of a node of each row."""
+def _chosen(
+    state: State, read: Read, tree: Tree, node: Int[Array, "R"], active: Bool[Array, "R"], extend: Extend
+) -> State:
+    """One token more, by what the pass says of a node of each row, and of the nodes below it."""
 
-    def at(x: Array) -> Array:
+    def at(node: Array, x: Array) -> Array:
         return x[:, 0] if x.shape[1] == 1 else jax.vmap(lambda row, index: row[index])(x, node)
 
-    state = extend(state._replace(seen=jax.tree.map(at, read.seen)), at(read.logits), active)
-    return state._replace(seen=())
+    seen = jax.tree.map(partial(at, node), read.seen)
+    if tree.size > 1:
+        seen = seen._replace(below=at(jnp.asarray(tree.children)[node], read.seen.hidden))
+    return extend(state._replace(seen=seen), at(node, read.logits), active)._replace(seen=())
 
 
 def _along(cache: PyTree, path: Int[Array, "R N"]) -> PyTree:
@@ -189,7 +202,9 @@ def _extend(
     processed = logits
     for process in processors:
         processed = process(processed, state)
-    return _commit(state, selector.choose(logits, processed, state), active)._replace(closing=EOS_ALONE)
+    choice = selector.choose(logits, processed, state)
+    active = active if choice.waits is None else active & ~choice.waits
+    return _commit(state, choice, active)._replace(closing=EOS_ALONE)
 
 
 def _closing(state: State, stop: tuple[tuple[int, ...], ...]) -> Int[Array, "R n"]:
