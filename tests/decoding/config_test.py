@@ -81,7 +81,6 @@ def test_options_name_fields():
         ({"method": "fsd", "ngram": 1}, "give 2 or more"),
         ({"method": "fsd_d", "ngram": 0}, "at least 1"),
         ({"method": "fsd_d", "smoothing": 1.5}, r"in \[0, 1\]"),
-        ({"max_length": None}, "at least 1"),
         ({"max_length": 0}, "at least 1"),
         ({"max_length": 10, "min_length": 11}, "exceeds max_length=10"),
     ],
