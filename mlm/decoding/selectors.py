@@ -60,5 +60,6 @@ def emitted(state: State, logits: Float[Array, "R V"], token: Int[Array, "R"]) -
 def by_score(state: State, group: int) -> Decoded:
     """Groups the rows by example, best total log-probability first."""
     scores, order = top_k(state.log_prob.reshape(-1, group), group)
-    rows = jnp.arange(order.shape[0])[:, None] * group + order
-    return Decoded(state.tokens[rows], scores, state.length[rows], by_example(state.passes, group))
+    of_rows = jax.vmap(lambda rows, index: rows[index])  # inside each example, local to its shard
+    tokens, length = (of_rows(x.reshape(-1, group, *x.shape[1:]), order) for x in (state.tokens, state.length))
+    return Decoded(tokens, scores, length, by_example(state.passes, group))
