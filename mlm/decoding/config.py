@@ -35,7 +35,7 @@ def _told(value: T | None) -> T:
 
 
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
-_GUESSING = ("proposer", "guesses")
+_GUESSING = ("proposer", "guesses", "branches")
 METHODS: Registry[Method] = Registry(
     "decoding method",
     greedy=Method(lambda c: Greedy(), ("repetition_penalty", *_GUESSING), "the most probable token at every step"),
@@ -113,6 +113,7 @@ class DecodeConfig:
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
     guesses: int = 8  # tokens guessed a pass
+    branches: int = 1  # guesses behind a guess at most: 1 makes a chain of them, more a tree
 
     def __post_init__(self):
         allowed = (*ALWAYS, *METHODS[self.method].options)
@@ -127,11 +128,13 @@ class DecodeConfig:
         for name, default in METHODS[self.method].defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        PROPOSERS[self.proposer]
-        if self.proposer == "none" and self.guesses != type(self).guesses:
-            raise ValueError(
-                f"guesses={self.guesses} means nothing without a proposer; name one of {sorted(PROPOSERS)}"
-            )
+        proposer = PROPOSERS[self.proposer]
+        for name in ("guesses", "branches"):
+            if name not in proposer.options and getattr(self, name) != getattr(type(self), name):
+                able = [able for able, kind in PROPOSERS.items() if name in kind.options]
+                raise ValueError(
+                    f"{name}={getattr(self, name)} means nothing to proposer={self.proposer!r}; name one of {able}"
+                )
         for name, rule, holds in _RULES:
             value = getattr(self, name)
             if value is None and name not in allowed:
@@ -159,11 +162,17 @@ class DecodeConfig:
         return METHODS[self.method].selector(self)
 
     @property
+    def block(self) -> int:
+        """Tokens that a pass reads at most: the newest one, and guesses."""
+        if isinstance(selector := self.selector(), Proposer):
+            return selector.tree.size
+        return 1 if self.proposer == "none" else self.guesses + 1
+
+    @property
     def slots(self) -> int:
         """Slots that a cache must have: of the longest row, and of the guesses behind it."""
-        if isinstance(selector := self.selector(), Proposer):
-            return self.max_length + selector.tree.size
-        return self.max_length + (0 if self.proposer == "none" else self.guesses + 1)
+        blocks = 1 if isinstance(self.selector(), Proposer) else PROPOSERS[self.proposer].blocks
+        return self.max_length + blocks * self.block
 
     def processors(self) -> tuple[Processor, ...]:
         """The processors that are switched on, in the order of `PROCESSORS`."""
@@ -204,5 +213,6 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("repetition_penalty", "above 0 (1: off)", lambda v: 0 < v < float("inf")),
     ("no_repeat_ngram", "an integer of at least 0 (0: off)", _integer(0)),
     ("guesses", "an integer of at least 1", _integer(1)),
+    ("branches", "an integer of at least 1", _integer(1)),
     ("seed", "an integer of at least 0", _integer(0)),
 )

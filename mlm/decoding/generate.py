@@ -12,7 +12,9 @@ from jaxtyping import Array
 from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens, fill, pad, shards, target_languages
 from mlm.decoding.config import PHRASES, DecodeConfig
 from mlm.decoding.loop import NOTHING, decode
+from mlm.decoding.ngrams import Trigrams
 from mlm.decoding.proposers import PROPOSERS, Inputs
+from mlm.decoding.ranking import cut
 from mlm.decoding.state import NEG_INF, Decoded, Read, Seen, Step
 from mlm.models.transformer import Transformer
 from mlm.models.tree import Tree
@@ -57,11 +59,13 @@ class Generator:
         languages: Ints | None = None,
         given: Mapping[str, np.ndarray] = NOTHING,
         draft: Params | None = None,
+        table: Trigrams | None = None,
     ) -> Decoded:
         """Results in the order of `sources`, as NumPy arrays; see `Decoded`, and `decode` for the options.
 
         languages: target language id of each source, which a language-aware model asks for. draft: parameters of the
-        smaller model. given: arrays of one row per source, see `decode`. A decoder alone goes on from its sources: they
+        smaller model. table: trigrams for the proposers that look them up. given: arrays of one row per source, see
+        `decode`. A decoder alone goes on from its sources: they
         are the beginnings of its results. Raises ValueError for an empty source, a token outside the vocabulary, or a
         prompt that leaves no room below its limit.
         """
@@ -96,7 +100,7 @@ class Generator:
         passes = np.zeros(count, np.int32)
         for chosen in batches([len(s) + n for s, n in zip(sources, lengths, strict=True)], self._batch_size):
             inputs = jax.device_put(self._inputs(chosen, sources, prompts, limits, ids, to, given), self._rows)
-            out = jax.device_get(self._run(params, inputs, draft))
+            out = jax.device_get(self._run(params, inputs, draft, table))
             tokens[chosen], scores[chosen], found[chosen], passes[chosen] = (x[: len(chosen)] for x in out)
         return Decoded(tokens, scores, found, passes)
 
@@ -120,23 +124,29 @@ class Generator:
             inputs["prompt_lengths"] = fill([len(p) for p in told], rows, 0)
         return inputs
 
-    def _decode(self, params: Params, inputs: Mapping[str, Any], draft: Params | None = None) -> Decoded:
+    def _decode(
+        self, params: Params, inputs: Mapping[str, Any], draft: Params | None = None, table: Trigrams | None = None
+    ) -> Decoded:
         self.compilations += 1  # runs while tracing only
         step, cache = self._opened(self.model, params, inputs)
         drafting = None if self.draft is None or draft is None else self._opened(self.draft, draft, inputs)
         group = self.config.selector().group
         sources, lengths = (jnp.repeat(inputs[name], group, axis=0) for name in ("sources", "source_lengths"))
-        return decode(
-            step,
-            cache,
-            self.config,
-            ids=inputs["ids"],
-            limits=inputs["limits"],
-            prompts=inputs.get("prompts"),
-            prompt_lengths=inputs.get("prompt_lengths"),
-            given=inputs.get("given", NOTHING),
-            proposer=PROPOSERS[self.config.proposer].make(Inputs(sources, lengths, drafting), self.config.guesses),
-        )
+        proposer = PROPOSERS[self.config.proposer]
+        with cut(self.model.placement.pieces("vocab")):
+            return decode(
+                step,
+                cache,
+                self.config,
+                ids=inputs["ids"],
+                limits=inputs["limits"],
+                prompts=inputs.get("prompts"),
+                prompt_lengths=inputs.get("prompt_lengths"),
+                given=inputs.get("given", NOTHING),
+                proposer=proposer.make(
+                    Inputs(sources, lengths, drafting, table), self.config.guesses, self.config.branches
+                ),
+            )
 
     def _opened(self, model: Transformer, params: Params, inputs: Mapping[str, Any]) -> tuple[Step, PyTree]:
         """A model's step over the sources it has read, and its empty cache."""
@@ -148,7 +158,8 @@ class Generator:
             encoded = model.encode(params, sources, real.astype(jnp.int32), languages=to)
         elif to is not None:
             to = jnp.repeat(to, rows // to.shape[0])
-        cache = model.init_cache(params, encoded, real, rows, self.config.slots, to)
+        block = max(self.config.block, inputs["prompts"].shape[1] if "prompts" in inputs else 1)
+        cache = model.init_cache(params, encoded, real, rows, self.config.slots, to, block)
 
         def step(tokens: Array, cache: PyTree, tree: Tree | None = None) -> tuple[Read, PyTree]:
             logits, hidden, cache = model.step(params, tokens, cache, tree=tree)
@@ -172,11 +183,11 @@ class Generator:
 
 def _check_draft(model: Transformer, config: DecodeConfig, draft: Transformer | None) -> None:
     """Raises ValueError where the draft model is missing, not asked for, or of another vocabulary or kind."""
-    wanted = config.proposer == "draft_model"
+    wanted = PROPOSERS[config.proposer].drafts
     if wanted != (draft is not None):
         raise ValueError(
             f"proposer={config.proposer!r} {'needs a draft model and got none' if wanted else 'asks no draft model'}: "
-            "give draft together with proposer='draft_model'"
+            f"give draft together with one of {[name for name, kind in PROPOSERS.items() if kind.drafts]}"
         )
     if draft is None:
         return

@@ -26,13 +26,20 @@ class Scorer:
     """log P(target | source) for token sequences; keep it, so that what it compiled is reused.
 
     rows: sharding of an array's first axis over the mesh. chunk: tokens whose logits exist at a time, so that memory is
-    chunk · V and not B · T · V.
+    chunk · V and not B · T · V. temperature: of the distribution softmax(logits / temperature) that is asked.
     """
 
     def __init__(
-        self, model: Transformer, *, rows: NamedSharding | None = None, batch_size: int = 64, chunk: int = 512
+        self,
+        model: Transformer,
+        *,
+        rows: NamedSharding | None = None,
+        batch_size: int = 64,
+        chunk: int = 512,
+        temperature: float = 1.0,
     ):
         self.model = model
+        self._temperature = temperature
         self.compilations = 0  # shapes seen so far; each costs seconds once
         self._rows = rows
         self._shards = shards(rows)
@@ -98,6 +105,6 @@ class Scorer:
 
         def part(states_and_tokens: tuple[Array, Array]) -> Float[Array, "B C"]:
             states, tokens = states_and_tokens
-            return jax.vmap(token_log_prob)(self.model.logits(params, states), tokens)
+            return jax.vmap(token_log_prob)(self.model.logits(params, states) / self._temperature, tokens)
 
         return jax.lax.map(part, (hidden, target)).swapaxes(0, 1).reshape(batch, -1)[:, :length]

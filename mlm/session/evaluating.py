@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from mlm.data.batching import Example
-from mlm.data.evaluator import compute_metrics, forced_beginning, packed_batches, predicts, read_examples
+from mlm.data.evaluator import Outcome, compute_metrics, forced_beginning, packed_batches, predicts, read_examples
 from mlm.data.languages import LANGUAGES
 from mlm.data.recipes import Lengths
 from mlm.decoding.buckets import shards
 from mlm.decoding.generate import Generator
+from mlm.decoding.ngrams import Trigrams
+from mlm.decoding.state import Decoded
 from mlm.evaluation.language_loss import LanguageLosses
 from mlm.evaluation.results import LanguageTable, language_table, totals
 from mlm.session.session import Session
@@ -34,20 +36,12 @@ def evaluate_each(
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
     for group in _groups(read_examples(tasks, session.vocabulary, lengths, split, num_examples)):
         tables = _tables(session, group, lengths)
-        predictions = Predictions(generator, session.params, session.draft_params(generator))
+        predictions = Predictions(generator, session.params, session.draft_params(generator), session.table)
         asked = [example for name, examples in group.items() if predicts(name) for example in examples]
         begins = partial(forced_beginning, vocabulary=session.vocabulary)
         predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], [e.language for e in asked])
         for name, examples in group.items():
-            outcome = compute_metrics(
-                name,
-                session.vocabulary,
-                lengths,
-                predict=_told(predictions, {_key(e.inputs, begins(e.targets)): e.language for e in examples}),
-                score=_told(session.score_tokens, {_key(e.inputs, e.targets): e.language for e in examples}),
-                split=split,
-                num_examples=num_examples,
-            )
+            outcome = outcome_of(session, name, examples, predictions, lengths, split, num_examples)
             result = {**session.about(name, split), "examples": len(examples), **totals(tables[name])}
             result["metrics"] = outcome.metrics
             if outcome.predictions:
@@ -56,13 +50,41 @@ def evaluate_each(
             yield name, {**result, "languages": tables[name]}
 
 
+def outcome_of(
+    session: Session,
+    name: str,
+    examples: Sequence[Example],
+    predict: Callable[[Tokens, Tokens, Sequence[int]], np.ndarray],
+    lengths: Lengths,
+    split: str,
+    num_examples: int | None,
+) -> Outcome:
+    """The metrics of a task whose examples have been read. predict: (sources, prompts, languages) -> tokens."""
+    begins = partial(forced_beginning, vocabulary=session.vocabulary)
+    return compute_metrics(
+        name,
+        session.vocabulary,
+        lengths,
+        predict=_told(predict, {_key(e.inputs, begins(e.targets)): e.language for e in examples}),
+        score=_told(session.score_tokens, {_key(e.inputs, e.targets): e.language for e in examples}),
+        split=split,
+        num_examples=num_examples,
+    )
+
+
 class Predictions:
     """(sources, forced beginnings) -> tokens. Remembers what it has decoded, so that the examples of many tasks can be
     decoded together before SeqIO asks for them one task at a time.
     """
 
-    def __init__(self, generator: Generator, params: Params, draft: Params | None = None):
-        self._generator, self._params, self._draft = generator, params, draft
+    def __init__(
+        self,
+        generator: Callable[..., Decoded],
+        params: Params,
+        draft: Params | None = None,
+        table: Trigrams | None = None,
+    ):
+        self._generator, self._params, self._draft, self._table = generator, params, draft, table
         self._known: dict[tuple[int, tuple[bytes, bytes]], np.ndarray] = {}
 
     def learn(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> None:
@@ -78,6 +100,7 @@ class Predictions:
             ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in new],
             languages=[language for language, _ in new],
             draft=self._draft,
+            table=self._table,
         )
         self._known.update(zip(new, found.tokens[:, 0], strict=True))
 

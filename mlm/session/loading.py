@@ -3,6 +3,8 @@
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlm.checkpoints import CheckpointConfig, Checkpointer, CheckpointError, CorruptCheckpoint
 from mlm.checkpoints.run_directory import RunDirectory
+from mlm.decoding.ngrams import Trigrams, trigram_table
 from mlm.models.config import from_json
 from mlm.models.quantisation import BITS, quantised
 from mlm.models.specs import check_choice
@@ -18,7 +21,7 @@ from mlm.parallel import MeshConfig, MeshPlacement, batch_sharding, make_mesh, s
 from mlm.parallel.rules import fitting
 from mlm.registry import nearest
 from mlm.session.session import Session
-from mlm.types import Params, PyTree
+from mlm.types import EOS_ID, Params, PyTree
 
 PARAMETERS = ("auto", "params", "ema")
 
@@ -33,6 +36,7 @@ def load(
     batch_size: int = 32,
     quantise: str | None = None,
     draft: str | os.PathLike | None = None,
+    ngram_text: str | os.PathLike | None = None,
     best_metric: str | None = None,
     best_mode: str = "min",
 ) -> "Session":
@@ -42,7 +46,8 @@ def load(
     parameters: "ema", the running mean, "params", or "auto": the mean where the run kept one. mesh: how to split over
     the devices (default: rows over all); devices: some of them only. batch_size: examples per device call. quantise:
     "int8" or "int4", how the matrices of the layers are kept (`mlm.models.quantisation`). draft: run directory of a
-    smaller model of the same vocabulary, whose latest checkpoint guesses ahead (proposer="draft_model").
+    smaller model of the same vocabulary, whose latest checkpoint guesses ahead (proposer="draft_model"). ngram_text:
+    file of text like that to be written, a line for each, whose trigrams guess ahead (proposer="ngram_table").
     Raises CheckpointError for a directory without a run or checkpoint, ValueError naming both hashes when the
     vocabulary is not the one that the model was trained with.
     """
@@ -89,9 +94,20 @@ def load(
         params=restored.state if quantise is None else quantised_in_place(restored.state, quantise),
         quantise=quantise,
         draft=drafting,
+        table=None if ngram_text is None else _table(ngram_text, vocabulary),
         rows=batch_sharding(grid),
         batch_size=batch_size,
     )
+
+
+def _table(path: str | os.PathLike, vocabulary: Any) -> Trigrams:
+    """Trigrams of the lines of a file, each ended. Raises ValueError for a file without text."""
+    from mlm.data.preprocessors import clean_line
+
+    lines = [line for line in map(clean_line, Path(path).read_text(encoding="utf-8").splitlines()) if line]
+    if not lines:
+        raise ValueError(f"ngram_text={str(path)!r} holds no line of text to count")
+    return trigram_table([*map(int, vocabulary.encode(line)), EOS_ID] for line in lines)
 
 
 def quantised_in_place(params: Params, kind: str) -> Params:

@@ -4,17 +4,21 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
 from mlm.checkpoints.run_directory import RunDirectory
+from mlm.data.prompts import USUAL_FORM, Example, Format, Pool
 from mlm.data.templates import FROM, PLACES, TO, Frame, Template
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
+from mlm.decoding.ngrams import Trigrams
+from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.scoring import Scorer
+from mlm.evaluation.embedding import Embedder
 from mlm.evaluation.language_loss import LanguageLosses, Spelling, TokenLosses, language_losses
 from mlm.evaluation.results import combine, totals
 from mlm.models.config import ModelConfig
@@ -24,14 +28,22 @@ from mlm.registry import nearest
 from mlm.trees import count
 from mlm.types import EOS_ID, Params
 
+if TYPE_CHECKING:
+    from mlm.session.choosers import Chooser
+
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """text: decoded. score: log-probability in nats, for beam search over its length penalty. tokens: EOS included."""
+    """text: decoded. score: log-probability in nats, for beam search over its length penalty. tokens: EOS included.
+    passes: of the decoder, for all results of the text.
+    value: what it was chosen by, where the results were chosen among (`mlm.session.choosing`).
+    """
 
     text: str
     score: float
     tokens: list[int]
+    passes: int = 0
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,42 @@ class Source:
 
     tokens: list[int]
     trimmed: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One call of `Session.decode`: the sources as the model reads them, and everything that was said of them."""
+
+    session: "Session"
+    generator: Generator
+    frame: Frame
+    to: str | None
+    from_: str | None
+    language_token: str | None
+    sources: list[list[int]]
+    ids: Sequence[int]
+    languages: Sequence[int] | None
+
+    @property
+    def skips(self) -> list[int]:
+        """Tokens at the beginning of each result that were given: the prompt, and for a decoder alone the source."""
+        alone = self.session.config.encoder is None
+        return [len(self.frame.prompt) + (len(source) if alone else 0) for source in self.sources]
+
+    @property
+    def texts(self) -> list[str]:
+        """What the model read of each text."""
+        before, after = len(self.frame.before), len(self.frame.after)
+        return [self.session.text(source[before : len(source) - after]) for source in self.sources]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """index: of the passage as given. score: log P(query, EOS | passage), nats."""
+
+    index: int
+    passage: str
+    score: float
 
 
 class Session:
@@ -68,15 +116,18 @@ class Session:
         batch_size: int,
         quantise: str | None = None,
         draft: "Session | None" = None,
+        table: Trigrams | None = None,
     ):
         self.run, self.step, self.parameters, self.config = run, step, parameters, config
         self.data, self.extra, self.vocabulary = data, extra, vocabulary
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
-        self.quantise, self.draft = quantise, draft
+        self.quantise, self.draft, self.table = quantise, draft, table
         self.template = Template.from_json(data["template"]) if "template" in data else PLACES["source"]
         self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
-        self._scorers: dict[int | None, Scorer] = {}
+        self._scorers: dict[tuple[int | None, float], Scorer] = {}
+        self._embedder = Embedder(model, rows=rows, batch_size=batch_size)
+        self._companions: dict[str, Session] = {}
         self._token_losses = TokenLosses(model, rows=rows)
 
     def __repr__(self) -> str:
@@ -106,18 +157,20 @@ class Session:
         *,
         from_: str | None = None,
         language_token: str | None = None,
+        choose: "str | Chooser | None" = None,
         **options: Any,
     ) -> list:
-        """Decoded texts, in order; with n_best > 1 a list of texts for each, best first.
+        """Decoded texts, in order; with n_best > 1 a list of texts for each, best first, or the chosen one.
 
         to: language to write. Without it a text may hold special tokens, as in "The <extra_id_0> sat on the mat".
         from_: language of the texts. method, options: those of `DecodeConfig`: beams, alpha, n_best, temperature,
         top_k, top_p, no_repeat_ngram, bad_words, proposer, max_length, seed, …; `mlm decode list` names them all.
+        choose: how one of n_best results is chosen, as "mbr" or "mbr,utility=bleu" (`mlm.session.choosing`).
         Raises ValueError for an empty text, a missing language, or one that the model is not told, KeyError for a
         language without a token or an unknown method.
         """
-        found = self.decode(texts, to, method, from_=from_, language_token=language_token, **options)
-        single = options.get("n_best", 1) == 1
+        found = self.decode(texts, to, method, from_=from_, language_token=language_token, choose=choose, **options)
+        single = options.get("n_best", 1) == 1 or choose is not None
         return [best[0].text if single else [h.text for h in best] for best in found]
 
     def decode(
@@ -130,32 +183,65 @@ class Session:
         language_token: str | None = None,
         ids: Sequence[int] | None = None,
         languages: Sequence[int] | None = None,
+        choose: "str | Chooser | None" = None,
         **options: Any,
     ) -> list[list[Hypothesis]]:
-        """As `generate`, with scores and tokens.
+        """As `generate`, with scores and tokens; with `choose` all results, the chosen one first, with their values.
 
         texts: or what `encode` made of them. ids: numbers of the texts, the source of their randomness. languages: ids
         of the languages that a language-aware model is to write, where they are not all `to`.
         """
+        asked = self.ask(
+            texts, to, method, from_=from_, language_token=language_token, ids=ids, languages=languages, **options
+        )
+        if choose is not None:
+            from mlm.session.choosing import checked, chosen
+
+            return chosen(checked(choose, asked), asked, self.answer(asked))
+        return self.answer(asked)
+
+    def ask(
+        self,
+        texts: str | Sequence[str] | Sequence[Source] = (),
+        to: str | None = None,
+        method: str = "greedy",
+        *,
+        from_: str | None = None,
+        language_token: str | None = None,
+        ids: Sequence[int] | None = None,
+        languages: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Asked:
+        """What `decode` gives to the model. Raises as it does."""
         frame = self.frame(to, from_, language_token)
         given = [texts] if isinstance(texts, str) else list(texts)
         encoded = iter(self._encode([t for t in given if isinstance(t, str)], to, frame))
         sources = [(text if isinstance(text, Source) else next(encoded)).tokens for text in given]
-        prompts = [frame.prompt] * len(sources) if frame.prompt else None
-        alone = self.config.encoder is None  # what it reads is the beginning of what it writes
-        skips = [len(frame.prompt) + (len(source) if alone else 0) for source in sources]
         languages = languages or self._languages(to, len(sources))
         generator = self.generator(method, options, frame.start)
-        decoded = generator(
-            self.params, sources, prompts=prompts, ids=ids, languages=languages, draft=self.draft_params(generator)
+        numbers = range(len(sources)) if ids is None else ids
+        return Asked(self, generator, frame, to, from_, language_token, sources, numbers, languages)
+
+    def answer(self, asked: Asked) -> list[list[Hypothesis]]:
+        """The results of each source, best first."""
+        decoded = asked.generator(
+            self.params,
+            asked.sources,
+            prompts=[asked.frame.prompt] * len(asked.sources) if asked.frame.prompt else None,
+            ids=asked.ids,
+            languages=asked.languages,
+            draft=self.draft_params(asked.generator),
+            table=self.table,
         )
         return [
             [
-                Hypothesis(self._text(tokens[skip:length]), float(score), tokens[:length].tolist())
+                Hypothesis(self.text(tokens[skip:length]), float(score), tokens[:length].tolist(), int(passes))
                 for tokens, score, length in zip(*row, strict=True)
                 if length
             ]
-            for skip, *row in zip(skips, decoded.tokens, decoded.scores, decoded.lengths, strict=True)
+            for skip, passes, *row in zip(
+                asked.skips, decoded.passes, decoded.tokens, decoded.scores, decoded.lengths, strict=True
+            )
         ]
 
     def score(
@@ -165,16 +251,121 @@ class Session:
         *,
         from_: str | None = None,
         language_token: str | None = None,
+        empty: bool = False,
     ) -> np.ndarray:
         """log P(target, EOS | source) of (source, target) texts, in nats; float32 [pairs]. `to` as in `generate`.
 
-        Raises ValueError for an empty source or target.
+        empty: texts may be empty, as a source is where the target itself is asked for: the model as a language model.
+        Raises ValueError for an empty source or target otherwise.
         """
         frame, pairs = self.frame(to, from_, language_token), list(pairs)
-        sources = [s.tokens for s in self._encode([source for source, _ in pairs], to, frame)]
-        targets = [[*frame.prompt, *self._tokens(i, "target", t, to), EOS_ID] for i, (_, t) in enumerate(pairs)]
-        found = self._scorer(frame.start)(self.params, sources, targets, self._languages(to, len(sources)))
-        return found.totals - found.tokens[:, : len(frame.prompt)].sum(1)  # what is given costs nothing
+        sources = [s.tokens for s in self._encode([source for source, _ in pairs], to, frame, empty)]
+        targets = [[*frame.prompt, *self._tokens(i, "target", t, to, empty), EOS_ID] for i, (_, t) in enumerate(pairs)]
+        return self.log_probs(frame, sources, targets, self._languages(to, len(sources)))
+
+    def log_probs(
+        self,
+        frame: Frame,
+        sources: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        languages: Sequence[int] | None = None,
+        temperature: float = 1.0,
+    ) -> np.ndarray:
+        """log P(target | source) of tokens in their frame, of which the prompt is given and costs nothing; nats."""
+        found = self._scorer(frame.start, temperature)(self.params, sources, targets, languages)
+        return found.totals - found.tokens[:, : len(frame.prompt)].sum(1)
+
+    def embed(self, texts: Sequence[str], to: str | None = None) -> np.ndarray:
+        """Mean of the encoder's states over each text's tokens, EOS included; float32 [texts, D]. A text may be empty.
+
+        to: the language to be written, which the encoder of a language-aware model is told.
+        """
+        sources = [s.tokens for s in self._encode(texts, to, self.frame(to), empty=True)]
+        return self._embedder(self.params, sources, self._languages(to, len(sources)))
+
+    def companion(self, run_dir: str) -> "Session":
+        """Another run, loaded once onto the same devices: its latest checkpoint."""
+        if run_dir not in self._companions:
+            from mlm.parallel import MeshConfig
+            from mlm.session.loading import load
+
+            grid = self.rows.mesh
+            devices = list(grid.devices.flat)
+            mesh = MeshConfig(**dict(grid.shape))
+            self._companions[run_dir] = load(run_dir, mesh=mesh, devices=devices, batch_size=self._batch_size)
+        return self._companions[run_dir]
+
+    def few_shot(
+        self,
+        queries: str | Sequence[str],
+        examples: Pool | Iterable[tuple[str, str]],
+        shots: int = 4,
+        choice: str = "fixed",
+        *,
+        form: Format = USUAL_FORM,
+        to: str | None = None,
+        from_: str | None = None,
+        language_token: str | None = None,
+        seed: int = 0,
+        ids: Sequence[int] | None = None,
+        budget: int | None = None,
+    ) -> list[str]:
+        """Texts for `generate`, `decode` and `score`: examples, then the query.
+
+        examples: (source, target) texts, or a `Pool` that is kept. choice: "fixed", the first `shots`; "retrieved", the
+        nearest by character n-grams, the nearest last; "random", by seed and the query's id. None has the query itself
+        as its source. form: how they are written. to, from_, language_token: as in the call that takes the texts.
+        budget: tokens (default: what the model reads); examples that do not fit are dropped, the furthest from the
+        query first. ids: numbers of the queries (default: their places).
+        Raises ValueError for an empty query, one that does not fit alone, or more shots than examples, UnknownName for
+        another choice.
+        """
+        from mlm.session.prompting import few_shot
+
+        asked = [queries] if isinstance(queries, str) else queries
+        languages = {"to": to, "from_": from_, "language_token": language_token}
+        return few_shot(
+            self, asked, examples, shots, choice, form=form, languages=languages, seed=seed, ids=ids, budget=budget
+        )
+
+    def synthesise(
+        self,
+        texts: Mapping[str, Sequence[str]],
+        to: str,
+        *,
+        backwards: bool = False,
+        language_token: str | None = None,
+        **options: Any,
+    ) -> list[Example]:
+        """Examples for `few_shot` from unlabelled sentences by language, each translated into `to` by this model.
+
+        backwards: its translations are the sources. options: method and others, as in `decode`. Source: linguistically
+        diverse prompts, Nguyen et al. 2023 (arXiv:2306.11372).
+        """
+        from mlm.session.prompting import synthesise
+
+        return synthesise(self, texts, to, backwards=backwards, language_token=language_token, **options)
+
+    def query_likelihood(
+        self,
+        query: str,
+        passages: Sequence[str],
+        to: str | None = None,
+        *,
+        form: str = "{passage}",
+        from_: str | None = None,
+        language_token: str | None = None,
+    ) -> list[Ranked]:
+        """Passages by log P(query, EOS | passage) in nats, the best first, of equals the first; for reranking.
+
+        form: what the model reads of a passage, e.g. "Passage: {passage} Question:". to: language of the query.
+        Sources: Sachan et al. 2022 (arXiv:2204.07496); UMR, Huang et al. 2024 (arXiv:2403.03516), across languages.
+        Raises ValueError for an empty query or passage.
+        """
+        from mlm.session.prompting import query_likelihood
+
+        languages = {"to": to, "from_": from_, "language_token": language_token}
+        return query_likelihood(self, query, passages, form=form, languages=languages)
 
     def score_tokens(self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None = None) -> np.ndarray:
         """log P(target | source) of token lists as they stand, in nats; float32 [pairs].
@@ -279,11 +470,22 @@ class Session:
         # A decoder goes on with its source: that does not end, and begins with the start token anyway.
         return frame._replace(before=[t for t in frame.before if t != self.config.start_token], after=[])
 
-    def _encode(self, texts: Sequence[str], to: str | None, frame: Frame) -> list[Source]:
-        room = self.data["inputs_length"] - len(frame.before) - len(frame.after)
+    def room(self, to: str | None = None, from_: str | None = None, language_token: str | None = None) -> int:
+        """Tokens of a text that the model reads, at most."""
+        return self._room(self.frame(to, from_, language_token))
+
+    def lengths(self, texts: Sequence[str], to: str | None = None) -> list[int]:
+        """Tokens of the texts alone. Raises ValueError for an empty one."""
+        return [len(self._tokens(index, "text", text, to)) for index, text in enumerate(texts)]
+
+    def _room(self, frame: Frame) -> int:
+        return self.data["inputs_length"] - len(frame.before) - len(frame.after)
+
+    def _encode(self, texts: Sequence[str], to: str | None, frame: Frame, empty: bool = False) -> list[Source]:
+        room = self._room(frame)
         sources = []
         for index, text in enumerate(texts):
-            tokens = self._tokens(index, "text", text, to)
+            tokens = self._tokens(index, "text", text, to, empty)
             sources.append(Source([*frame.before, *tokens[:room], *frame.after], len(tokens) > room))
         trimmed = [i for i, source in enumerate(sources) if source.trimmed]
         if trimmed:
@@ -294,14 +496,11 @@ class Session:
             )
         return sources
 
-    def _tokens(self, index: int, kind: str, text: str, to: str | None) -> list[int]:
-        from mlm.data.preprocessors import clean_line
-
-        cleaned = clean_line(text)
-        tokens = self.vocabulary.encode(cleaned) if to is not None else self.vocabulary.encode_prompt(cleaned)
-        if not tokens:
+    def _tokens(self, index: int, kind: str, text: str, to: str | None, empty: bool = False) -> list[int]:
+        tokens = self.tokens(text, to)
+        if not tokens and not empty:
             raise ValueError(f"{kind} {index} is empty: {text!r}")
-        return [int(token) for token in tokens]
+        return tokens
 
     def _languages(self, to: str | None, count: int) -> list[int] | None:
         """The id of the language to be written, once per text; None where none is named."""
@@ -309,7 +508,16 @@ class Session:
 
         return None if to is None or self.config.languages is None else [language_id(to)] * count
 
-    def _text(self, tokens: np.ndarray) -> str:
+    def tokens(self, text: str, to: str | None = None) -> list[int]:
+        """A text's own tokens, cleaned. Without a language special tokens in it are meant as such."""
+        from mlm.data.preprocessors import clean_line
+
+        cleaned = clean_line(text)
+        tokens = self.vocabulary.encode(cleaned) if to is not None else self.vocabulary.encode_prompt(cleaned)
+        return [int(token) for token in tokens]
+
+    def text(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """What tokens spell."""
         return self.vocabulary.decode([int(token) for token in tokens])
 
     def generator(self, method: str, options: Mapping[str, Any], start: int | None = None) -> Generator:
@@ -335,21 +543,24 @@ class Session:
         return self.draft.params if self.draft and generator.draft else None
 
     def _drafting(self, config: DecodeConfig, start: int | None) -> Transformer | None:
-        if config.proposer != "draft_model":
+        if not PROPOSERS[config.proposer].drafts:
             return None
         if self.draft is None:
             raise ValueError(
-                "proposer='draft_model' asks a smaller model: name its run, by draft= where this one is loaded, or by "
-                "--draft in a command"
+                f"proposer={config.proposer!r} asks a smaller model: name its run, by draft= where this one is loaded, "
+                "or by --draft in a command"
             )
         return self.draft._starting_with(start)
 
-    def _scorer(self, start: int | None = None) -> Scorer:
+    def _scorer(self, start: int | None = None, temperature: float = 1.0) -> Scorer:
         if self.config.encoder is None:
             raise ValueError(f"{self.run.path} holds a decoder alone: scores are of a target behind a source")
-        if start not in self._scorers:
-            self._scorers[start] = Scorer(self._starting_with(start), rows=self.rows, batch_size=self._batch_size)
-        return self._scorers[start]
+        if (start, temperature) not in self._scorers:
+            model = self._starting_with(start)
+            self._scorers[start, temperature] = Scorer(
+                model, rows=self.rows, batch_size=self._batch_size, temperature=temperature
+            )
+        return self._scorers[start, temperature]
 
     def _starting_with(self, start: int | None) -> Transformer:
         if self.config.decoder is None:

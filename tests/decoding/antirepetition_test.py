@@ -1,6 +1,7 @@
 """Penalties on repetition against slow references that read every prefix anew, and what they are for: loops end."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -135,9 +136,13 @@ def other(config) -> Tiny:
     return tiny
 
 
-def test_a_decoder_alone_looks_at_all_it_has_read():
+def test_a_decoder_alone_with_a_window_looks_at_all_it_has_read():
     rope = PositionSpec(kind="rope")
-    tiny = other(llama_style(vocab_size=VOCAB, d_model=16, d_ff=16, heads=2, kv_heads=1, layers=2, rope=rope))
+    plain = llama_style(vocab_size=VOCAB, d_model=16, d_ff=16, heads=2, kv_heads=1, layers=2, rope=rope)
+    (layer,) = plain.decoder.group
+    own, forward = layer.sublayers
+    layer = replace(layer, sublayers=(replace(own, window=3), forward))
+    tiny = other(replace(plain, decoder=replace(plain.decoder, group=(layer,))))
     config = DecodeConfig(method="contrastive_search", max_length=LIMIT)
     beginnings = [[5, 6, 7], [9], [3, 4, 3, 8, 2]]
     found = tiny.decode(config, beginnings)

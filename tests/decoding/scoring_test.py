@@ -23,6 +23,14 @@ def test_equals_one_token_at_a_time(tiny, sources, chunk):
     np.testing.assert_array_equal(scores.lengths, [len(t) for t in TARGETS])
 
 
+def test_a_temperature_is_of_the_logits(tiny, sources):
+    scores = Scorer(tiny.model, temperature=2.0)(tiny.params, sources[:2], TARGETS[:2])
+    for total, source, target in zip(scores.totals, sources, TARGETS, strict=False):
+        halved = [tiny.log_probs(source, target[:t]) / 2 for t in range(len(target))]
+        want = sum(log_probs[token] - np.log(np.exp(log_probs).sum()) for log_probs, token in zip(halved, target))
+        np.testing.assert_allclose(total, want, atol=1e-5)
+
+
 def test_batches_devices_and_neighbours_change_nothing(tiny, sources):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     whole = Scorer(tiny.model)(tiny.params, sources, TARGETS)
