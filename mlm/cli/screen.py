@@ -4,13 +4,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 T = TypeVar("T")
+B = TypeVar("B", bound="Bar")
 LOG_SECONDS = 10.0  # a log file gets a line at most this often
 
 
@@ -74,7 +75,7 @@ class Bar:
             )
             self._task = self._progress.add_task(what, total=total, completed=start, line=line)
 
-    def __enter__(self) -> Self:
+    def __enter__(self: B) -> B:
         if self._progress:
             self._progress.start()
         return self

@@ -49,5 +49,5 @@ def test_a_record_says_what_may_be_given_to_what(capsys):
     for record in records:
         assert record["summary"]
         if record["kind"] == "method":  # the defaults are the method's own
-            options = record["options"] | {"bad_words": ()}
+            options = record["options"] | {"bad_words": (), "stop": ()}
             assert DecodeConfig(method=record["name"], **options) == DecodeConfig(method=record["name"])
