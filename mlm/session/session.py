@@ -553,8 +553,6 @@ class Session:
         return self.draft._starting_with(start)
 
     def _scorer(self, start: int | None = None, temperature: float = 1.0) -> Scorer:
-        if self.config.encoder is None:
-            raise ValueError(f"{self.run.path} holds a decoder alone: scores are of a target behind a source")
         if (start, temperature) not in self._scorers:
             model = self._starting_with(start)
             self._scorers[start, temperature] = Scorer(
