@@ -50,7 +50,9 @@ def _records() -> list[dict[str, Any]]:
     shared = [option for option in ALWAYS if option != "method"]
 
     def record(kind: str, name: str, options: list[str], methods: list[str], summary: str) -> dict[str, Any]:
-        return described(kind, name, {option: defaults[option] for option in options}, methods, summary)
+        own = METHODS[name].defaults if kind == "method" else {}
+        told = {option: own.get(option, defaults[option]) for option in options}
+        return described(kind, name, told, methods, summary)
 
     def described(kind: str, name: str, told: Any, methods: Any, summary: str) -> dict[str, Any]:
         return {"kind": kind, "name": name, "options": dict(told), "methods": list(methods), "summary": summary}

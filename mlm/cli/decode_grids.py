@@ -33,6 +33,9 @@ GRIDS: dict[str, tuple[Grid, ...]] = {
     ),
     "beam": ({"beams": (2, 4, 8)}, {"alpha": (0.0, 0.6, 1.0)}),
     "diverse_beam": ({"groups": (2, 4)}, {"diversity": (0.2, 0.5, 1.0)}),
+    "contrastive_search": ({"penalty_alpha": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)}, {"candidates": (3, 5, 8)}),
+    "fsd": ({"penalty_alpha": (0.2, 0.4, 0.6)}, {"ngram": (2, 3)}),
+    "fsd_d": ({"penalty_alpha": (0.2, 0.4, 0.6)}, {"ngram": (2, 3)}),
 }
 
 

@@ -15,6 +15,10 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "diversity": (float, "diverse_beam: nats that a token costs for each earlier beam that chose it (default 0.5)"),
     "alpha": (float, "beam, diverse_beam, constrained_beam: exponent of the length penalty (default 0.6)"),
     "n_best": (int, "sample and beams: results per text (default 1)"),
+    "candidates": (int, "contrastive_search, fsd, fsd_d: most probable tokens to choose of (default 5)"),
+    "penalty_alpha": (float, "the same: weight of the penalty on repetition (default 0.6; fsd: 0.4)"),
+    "ngram": (int, "fsd, fsd_d: tokens of an n-gram that is penalised (default 2; fsd_d: 3)"),
+    "smoothing": (float, "fsd_d: weight of n-grams against shorter ones (default 0.9)"),
     "temperature": (float, "sample: below 1 sharper, above 1 flatter (default 1)"),
     "top_k": (int, "sample: from the k most probable tokens (default 0, off)"),
     "top_p": (float, "sample: from the most probable tokens that hold this mass (default 1, off)"),
@@ -79,7 +83,7 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="greedy",
         metavar="NAME",
-        help="greedy (default), sample, beam, diverse_beam, constrained_beam; `mlm decode list` says more",
+        help="greedy (default), sample, beam, contrastive_search, …: `mlm decode list` names them all",
     )
     for name, (kind, text) in OPTIONS.items():
         group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)

@@ -1,26 +1,39 @@
 """How to decode, as one frozen record that refuses nonsense and turns itself into a selector and processors."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar, cast
 
+from mlm.decoding.antirepetition import FSD, ContrastiveSearch, DiscreteFSD
 from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.constrained import ConstrainedBeam
 from mlm.decoding.guided import Value, ValueGuidedBeam
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.selectors import Greedy, Sample
-from mlm.decoding.state import Processor, Selector
+from mlm.decoding.state import Processor, Proposer, Selector
 from mlm.registry import Registry
 
 
 class Method(NamedTuple):
-    """One way to choose tokens: its selector and the options of `DecodeConfig` that mean something to it."""
+    """One way to choose tokens: its selector, the options of `DecodeConfig` that mean something to it, and those of
+    them whose default is a method's own.
+    """
 
     selector: Callable[["DecodeConfig"], Selector]
     options: tuple[str, ...]
     summary: str
+    defaults: Mapping[str, Any] = MappingProxyType({})
+
+
+T = TypeVar("T")
+
+
+def _told(value: T | None) -> T:
+    assert value is not None  # `DecodeConfig` puts the method's own default there
+    return value
 
 
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
@@ -53,6 +66,24 @@ METHODS: Registry[Method] = Registry(
         ("n_best", "beams", "alpha", "value", "likelihood", "valued"),
         "beam search by likelihood and a function's value of every beginning (Josifoski et al. 2022)",
     ),
+    contrastive_search=Method(
+        lambda c: ContrastiveSearch(_told(c.penalty_alpha), c.candidates),
+        ("candidates", "penalty_alpha"),
+        "a probable token whose decoder state is unlike all earlier ones (Su et al. 2022)",
+        {"penalty_alpha": 0.6},
+    ),
+    fsd=Method(
+        lambda c: FSD(_told(c.penalty_alpha), c.candidates, _told(c.ngram)),
+        ("candidates", "penalty_alpha", "ngram"),
+        "a probable token that no similar states were followed by earlier (Yang et al. 2023)",
+        {"penalty_alpha": 0.4, "ngram": 2},
+    ),
+    fsd_d=Method(
+        lambda c: DiscreteFSD(_told(c.penalty_alpha), c.candidates, _told(c.ngram), c.smoothing),
+        ("candidates", "penalty_alpha", "ngram", "smoothing"),
+        "a probable token that the n-grams written so far make improbable (Yang et al. 2023)",
+        {"penalty_alpha": 0.6, "ngram": 3},
+    ),
 )
 # What forbids tokens and reshapes nothing means something to every method.
 ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words", "avoid", "stop")
@@ -78,6 +109,10 @@ class DecodeConfig:
     value: Value | None = None  # value_guided_beam: what says how much a beginning is worth
     likelihood: float = 0.5  # value_guided_beam: weight of the log-likelihood; that of the value is 1 less it
     valued: int = 10  # value_guided_beam: tokens of every beam that are given a value
+    candidates: int = 5  # contrastive_search, fsd, fsd_d: most probable tokens that one is chosen of
+    penalty_alpha: float | None = None  # the same: weight of the penalty, 0 is greedy; None: the method's own default
+    ngram: int | None = None  # fsd, fsd_d: tokens of the n-grams that may not come again; None: the same
+    smoothing: float = 0.9  # fsd_d: weight of n-grams against shorter ones
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
@@ -106,6 +141,9 @@ class DecodeConfig:
                     f"{field.name}={value!r} means nothing to method={self.method!r}; leave it at {field.default!r} "
                     f"or choose one of {users}"
                 )
+        for name, default in METHODS[self.method].defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         proposer = PROPOSERS[self.proposer]
         for name in ("guesses", "branches"):
             if name not in proposer.options and getattr(self, name) != getattr(type(self), name):
@@ -115,6 +153,8 @@ class DecodeConfig:
                 )
         for name, rule, holds in _RULES:
             value = getattr(self, name)
+            if value is None and name not in allowed:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
                 raise ValueError(f"{name}={value!r} must be {rule}")
         if self.method == "value_guided_beam" and not callable(self.value):
@@ -132,6 +172,8 @@ class DecodeConfig:
             raise ValueError(f"min_length={self.min_length} exceeds max_length={self.max_length}")
         if self.method == "diverse_beam" and self.beams % self.groups:
             raise ValueError(f"beams={self.beams} must be a multiple of groups={self.groups}, which share them equally")
+        if self.method == "fsd" and self.ngram == 1:
+            raise ValueError("ngram=1 leaves method='fsd' no states to compare; give 2 or more, or choose 'fsd_d'")
         if "beams" in allowed and self.n_best > self.beams:
             raise ValueError(f"n_best={self.n_best} exceeds beams={self.beams}, all that a beam search keeps")
 
@@ -146,12 +188,15 @@ class DecodeConfig:
     @property
     def block(self) -> int:
         """Tokens that a pass reads at most: the newest one, and guesses."""
+        if isinstance(selector := self.selector(), Proposer):
+            return selector.tree.size
         return 1 if self.proposer == "none" else self.guesses + 1
 
     @property
     def slots(self) -> int:
         """Slots that a cache must have: of the longest row, and of the guesses behind it."""
-        return self.max_length + PROPOSERS[self.proposer].blocks * (self.guesses + 1)
+        blocks = 1 if isinstance(self.selector(), Proposer) else PROPOSERS[self.proposer].blocks
+        return self.max_length + blocks * self.block
 
     def processors(self) -> tuple[Processor, ...]:
         """The processors that are switched on, in the order of `PROCESSORS`."""
@@ -179,6 +224,10 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("alpha", "at least 0 (a negative one would make the early stop wrong)", lambda v: v >= 0),
     ("likelihood", "in [0, 1]", lambda v: 0 <= v <= 1),
     ("valued", "an integer of at least 2, or a beam whose best token ends would be lost", _integer(2)),
+    ("candidates", "an integer of at least 1", _integer(1)),
+    ("penalty_alpha", "in [0, 1] (0: greedy)", lambda v: 0 <= v <= 1),
+    ("ngram", "an integer of at least 1", _integer(1)),
+    ("smoothing", "in [0, 1]", lambda v: 0 <= v <= 1),
     ("temperature", "above 0 (for the most probable token use method='greedy')", lambda v: v > 0),
     ("top_k", "an integer of at least 0 (0: off)", _integer(0)),
     ("top_p", "in (0, 1] (1: off)", lambda v: 0 < v <= 1),

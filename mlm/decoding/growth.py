@@ -25,7 +25,7 @@ def advance(state: State, *, step: Step, extend: Extend, proposer: Proposer) -> 
     state = state._replace(cache=cache, passes=state.passes + active)
     path = jnp.zeros((before.size, 1), jnp.int32)
     if tree.size == 1:
-        state = _chosen(state, read, path[:, 0], active, extend)
+        state = _chosen(state, read, tree, path[:, 0], active, extend)
     else:
         state, path = _walk(state._replace(cache=None), read, guesses, tree, active, extend)
     grown = state.length - before
@@ -44,7 +44,7 @@ def _walk(
 
     def visit(carry: tuple[State, Array, Array], _: None) -> tuple[tuple[State, Array, Array], Array]:
         state, node, active = carry
-        state = _chosen(state, read, node, active, extend)
+        state = _chosen(state, read, tree, node, active, extend)
         below = children[node]
         right = (jnp.take_along_axis(guessed, below, axis=1) == state.pending[:, None]) & (below > 0)
         follows = jnp.max(jnp.where(right, below, 0), axis=1)
@@ -55,14 +55,18 @@ def _walk(
     return state, path.T
 
 
-def _chosen(state: State, read: Read, node: Int[Array, "R"], active: Bool[Array, "R"], extend: Extend) -> State:
-    """One token more, by what the pass says of a node of each row."""
+def _chosen(
+    state: State, read: Read, tree: Tree, node: Int[Array, "R"], active: Bool[Array, "R"], extend: Extend
+) -> State:
+    """One token more, by what the pass says of a node of each row, and of the nodes below it."""
 
-    def at(x: Array) -> Array:
+    def at(node: Array, x: Array) -> Array:
         return x[:, 0] if x.shape[1] == 1 else jax.vmap(lambda row, index: row[index])(x, node)
 
-    state = extend(state._replace(seen=jax.tree.map(at, read.seen)), at(read.logits), active)
-    return state._replace(seen=())
+    seen = jax.tree.map(partial(at, node), read.seen)
+    if tree.size > 1:
+        seen = seen._replace(below=at(jnp.asarray(tree.children)[node], read.seen.hidden))
+    return extend(state._replace(seen=seen), at(node, read.logits), active)._replace(seen=())
 
 
 def along(cache: PyTree, tree: Tree, path: Int[Array, "R N"]) -> PyTree:
@@ -93,7 +97,9 @@ def _extend(
     processed = logits
     for process in processors:
         processed = process(processed, state)
-    return _commit(state, selector.choose(logits, processed, state), active)._replace(closing=EOS_ALONE)
+    choice = selector.choose(logits, processed, state)
+    active = active if choice.waits is None else active & ~choice.waits
+    return _commit(state, choice, active)._replace(closing=EOS_ALONE)
 
 
 def _closing(state: State, stop: tuple[tuple[int, ...], ...]) -> Int[Array, "R n"]:

@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.growth import advance, extension
@@ -48,9 +48,11 @@ def decode(
     limits: tokens at most, prompt and EOS included; 0 for a row that only fills up the batch.
     prompts: tokens every result begins with (a language token, a given beginning), read in one pass and never scored;
     a prompt must be shorter than its limit. Only a generated EOS or stop sequence ends a row.
+    proposer: who guesses ahead; a selector that chooses among guesses of its own makes them itself.
     given: what a method or processor is to know of each example, by name (phrases that it must hold, allowed tokens).
     """
     selector, processors = config.selector(), config.processors()
+    proposer = selector if isinstance(selector, Proposer) else proposer
     state = _start(step, cache, selector, proposer, config, ids, limits, prompts, prompt_lengths, given)
     extend = extension(selector, processors, config.stop)
     body = partial(advance, step=step, extend=extend, proposer=proposer)
@@ -74,7 +76,7 @@ def _start(
     limit = jnp.repeat(jnp.minimum(limits, config.max_length), selector.group)
     tokens = jnp.zeros((rows, config.max_length), jnp.int32)
     length = jnp.zeros(rows, jnp.int32)
-    pending, read, hidden = jnp.full(rows, PAD_ID, jnp.int32), None, None
+    pending, read, said = jnp.full(rows, PAD_ID, jnp.int32), None, None
     if prompts is not None:
         length = jnp.repeat(prompt_lengths, selector.group)
         in_prompt = jnp.arange(prompts.shape[1])[None] < length[:, None]
@@ -83,9 +85,16 @@ def _start(
         # Shorter prompts feed slots beyond their length too; not counted, those are overwritten later.
         read = fed[:, :-1]
         said, cache = step(read, cache)
-        hidden, cache = said.seen.hidden, {**cache, "length": cache["length"] + length}
+        cache = {**cache, "length": cache["length"] + length}
         tokens = tokens.at[:, : prompt.shape[1]].set(prompt)
         pending = jnp.take_along_axis(fed, length[:, None], axis=1)[:, 0]
+
+    def hidden() -> Float[Array, "R P D"]:
+        if said is not None:
+            return said.seen.hidden
+        traced, _ = jax.eval_shape(step, pending[:, None], cache)  # nothing is read yet, yet a state has a width
+        return jnp.zeros((rows, 0, traced.seen.hidden.shape[-1]))
+
     log_prob, search = selector.init(Start(ids, config.max_length, given, hidden))
     return State(
         tokens=tokens,

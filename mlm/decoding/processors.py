@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mlm.decoding.phrases import aligned
 from mlm.decoding.ranking import top_k as largest
-from mlm.decoding.state import DEAD, NEG_INF, Processor, State, newest, shifted
+from mlm.decoding.state import DEAD, NEG_INF, Processor, State, newest, recurrences, written
 from mlm.registry import Registry
 from mlm.types import EOS_ID
 
@@ -30,7 +30,7 @@ def repetition_penalty(penalty: float) -> Processor:
     """
 
     def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
-        seen = _mark(state.tokens, _written(state), logits.shape[-1]) & (logits > NEG_INF)
+        seen = _mark(state.tokens, written(state), logits.shape[-1]) & (logits > NEG_INF)
         return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
     return process
@@ -40,9 +40,7 @@ def no_repeat_ngram(n: int) -> Processor:
     """Forbids what would complete an n-gram of the row's prefix. Source: Paulus et al. 2017 (arXiv:1705.04304)."""
 
     def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
-        follows = _written(state)  # positions behind an occurrence of the newest n - 1 tokens
-        for back in range(1, n):
-            follows = follows & (shifted(state.tokens, back) == newest(state, back)[:, None])
+        follows = recurrences(state, n - 1)[-1]
         return jnp.where(_mark(state.tokens, follows, logits.shape[-1]), NEG_INF, logits)
 
     return process
@@ -222,10 +220,6 @@ def _behind(probs: Float[Array, "R V"]) -> Int[Array, "R V"]:
 def _bits(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
     """Of numbers that are not negative: their float32 bit patterns are ordered as they are."""
     return jax.lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _written(state: State) -> Bool[Array, "R T"]:
-    return jnp.arange(state.tokens.shape[1])[None] < state.length[:, None]
 
 
 def _mark(tokens: Int[Array, "R N"], flag: Bool[Array, "R N"], vocab: int) -> Bool[Array, "R V"]:

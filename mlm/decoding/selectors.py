@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mlm.decoding.ranking import first_max, top_k
 from mlm.decoding.state import Choice, Decoded, Start, State, by_example, ends, token_log_prob
@@ -20,10 +20,10 @@ class Greedy:
         return jnp.zeros(start.ids.shape, jnp.float32), ()
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
-        return _extend(state, logits, first_max(processed))
+        return emitted(state, logits, first_max(processed))
 
     def finish(self, state: State) -> Decoded:
-        return _by_score(state, self.group)
+        return by_score(state, self.group)
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,20 @@ class Sample:
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
         keys = jax.vmap(jax.random.fold_in)(state.search, state.length)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, processed.shape[1:]))(keys)
-        return _extend(state, logits, first_max(processed + noise))
+        return emitted(state, logits, first_max(processed + noise))
 
     def finish(self, state: State) -> Decoded:
-        return _by_score(state, self.group)
+        return by_score(state, self.group)
 
 
-def _extend(state: State, logits: Array, token: Array) -> Choice:
+def emitted(state: State, logits: Float[Array, "R V"], token: Int[Array, "R"]) -> Choice:
+    """That token in every row, scored by the model."""
     return Choice(token, state.log_prob + token_log_prob(logits, token), ends(state, token), state.search)
 
 
-def _by_score(state: State, group: int) -> Decoded:
+def by_score(state: State, group: int) -> Decoded:
     """Groups the rows by example, best total log-probability first."""
     scores, order = top_k(state.log_prob.reshape(-1, group), group)
-    rows = jnp.arange(order.shape[0])[:, None] * group + order
-    return Decoded(state.tokens[rows], scores, state.length[rows], by_example(state.passes, group))
+    of_rows = jax.vmap(lambda rows, index: rows[index])  # inside each example, local to its shard
+    tokens, length = (of_rows(x.reshape(-1, group, *x.shape[1:]), order) for x in (state.tokens, state.length))
+    return Decoded(tokens, scores, length, by_example(state.passes, group))

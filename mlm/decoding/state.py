@@ -47,6 +47,7 @@ class Seen(NamedTuple):
 
     hidden: Float[Array, "R D"]  # the decoder's state after the newest token
     others: tuple[Float[Array, "R V"], ...] = ()  # logits of what the model is contrasted with
+    below: Float[Array, "R C D"] | None = None  # the states after each guess for the next token, in the tree's order
 
 
 class Choice(NamedTuple):
@@ -57,6 +58,7 @@ class Choice(NamedTuple):
     ended: Bool[Array, "R"]
     search: PyTree
     parent: Int[Array, "B G"] | None = None  # member of the group each row continues; None: itself
+    waits: Bool[Array, "R"] | None = None  # rows that take no token yet: the next pass is to tell more; None: no row
 
 
 class Decoded(NamedTuple):
@@ -74,7 +76,7 @@ class Start(NamedTuple):
     ids: Int[Array, "B"]  # number of each example, the source of its randomness
     max_length: int
     given: Mapping[str, Array]  # what the caller says of each example
-    hidden: Float[Array, "R P D"] | None = None  # states after the tokens read so far, those of the prompt but the last
+    hidden: Callable[[], Float[Array, "R P D"]]  # states after the first input and the prompt but its last token
 
 
 @runtime_checkable
@@ -153,6 +155,19 @@ def newest(state: State, back: int) -> Int[Array, "R"]:
     index = (state.length - back)[:, None]
     token = jnp.take_along_axis(state.tokens, jnp.maximum(index, 0), axis=1)
     return jnp.where(index >= 0, token, -2)[:, 0]
+
+
+def recurrences(state: State, most: int) -> list[Bool[Array, "R T"]]:
+    """For n = 0, ..., `most`: the written positions that stand behind an occurrence of the row's newest n tokens."""
+    behind = [written(state)]
+    for back in range(1, most + 1):
+        behind.append(behind[-1] & (shifted(state.tokens, back) == newest(state, back)[:, None]))
+    return behind
+
+
+def written(state: State) -> Bool[Array, "R T"]:
+    """Positions of the row's prefix: its prompt and what it has written."""
+    return jnp.arange(state.tokens.shape[1])[None] < state.length[:, None]
 
 
 def shifted(tokens: Int[Array, "R N"], places: int) -> Int[Array, "R N"]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mlm.decoding.antirepetition import FSD, ContrastiveSearch, DiscreteFSD
 from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.config import METHODS, DecodeConfig
 from mlm.decoding.constrained import ConstrainedBeam
@@ -20,7 +21,17 @@ def test_every_method_builds_its_selector():
     assert DecodeConfig(method="constrained_beam", **options).selector() == ConstrainedBeam(6, 0.2, 2)
     options |= {"value": len, "likelihood": 0.3, "valued": 7}
     assert DecodeConfig(method="value_guided_beam", **options).selector() == ValueGuidedBeam(len, 0.3, 7, 6, 0.2, 2)
+    assert DecodeConfig(method="contrastive_search").selector() == ContrastiveSearch(0.6, 5)
+    assert DecodeConfig(method="fsd", penalty_alpha=0.0).selector() == FSD(0.0, 5, 2)
+    options = {"penalty_alpha": 0.3, "candidates": 4, "ngram": 5, "smoothing": 0.7}
+    assert DecodeConfig(method="fsd_d", **options).selector() == DiscreteFSD(0.3, 4, 5, 0.7)
     assert all(method.summary for method in METHODS.values())
+
+
+def test_a_method_s_own_defaults_are_what_the_record_says():
+    assert DecodeConfig(method="fsd") == DecodeConfig(method="fsd", penalty_alpha=0.4, ngram=2)
+    assert DecodeConfig(method="fsd_d").ngram == 3
+    assert DecodeConfig().penalty_alpha is None
 
 
 def test_only_what_is_switched_on_is_processed():
@@ -69,6 +80,14 @@ def test_options_name_fields():
         ({"bad_words": ((5,), ())}, "a tuple of phrases"),
         ({"bad_words": ((-5,),)}, "a tuple of phrases"),
         ({"stop": ((),)}, "a tuple of phrases"),
+        ({"penalty_alpha": 0.6}, r"choose one of \['contrastive_search', 'fsd', 'fsd_d'\]"),
+        ({"method": "contrastive_search", "penalty_alpha": 1.1}, r"in \[0, 1\]"),
+        ({"method": "contrastive_search", "candidates": 0}, "at least 1"),
+        ({"method": "contrastive_search", "ngram": 2}, r"choose one of \['fsd', 'fsd_d'\]"),
+        ({"method": "contrastive_search", "proposer": "input_copy"}, "means nothing to method='contrastive_search'"),
+        ({"method": "fsd", "ngram": 1}, "give 2 or more"),
+        ({"method": "fsd_d", "ngram": 0}, "at least 1"),
+        ({"method": "fsd_d", "smoothing": 1.5}, r"in \[0, 1\]"),
         ({"max_length": 0}, "at least 1"),
         ({"max_length": 10, "min_length": 11}, "exceeds max_length=10"),
     ],

@@ -23,7 +23,7 @@ class Tiny:
         config = t5_style(vocab_size=vocab, d_model=16, d_ff=32, heads=2, head_dim=8, layers=(2, 2))
         self.model = Transformer(config)
         self.params = self.model.init(jax.random.key(seed))
-        self._logits = jax.jit(self._forward)
+        self._whole = jax.jit(self._forward)
         self._generators: dict[DecodeConfig, Generator] = {}
 
     def decode(self, config: DecodeConfig, sources, **options) -> Decoded:
@@ -39,14 +39,25 @@ class Tiny:
             "decoder_input_tokens": jnp.pad(prefix, ((0, 0), (1, 0)))[:, :-1],
             "decoder_segment_ids": told,
         }
-        return self.model.logits(params, self.model(params, batch).hidden)
+        hidden = self.model(params, batch).hidden
+        return self.model.logits(params, hidden), hidden
 
-    def log_probs(self, source, prefix) -> np.ndarray:
-        """log P(next token | source, prefix), float64 [V], from a whole forward pass."""
+    def _read(self, source, prefix) -> list[np.ndarray]:
+        """Logits [V] and states [D] after the first input and every token of the prefix, from a whole forward pass."""
         sources, prefixes = np.zeros((1, 8), np.int32), np.zeros((1, self.length), np.int32)
         sources[0, : len(source)] = source
         prefixes[0, : len(prefix)] = prefix
-        logits = np.asarray(self._logits(self.params, sources, prefixes), np.float64)[0, len(prefix)]
+        assert len(prefix) < self.length
+        read = self._whole(self.params, sources, prefixes)
+        return [np.asarray(x, np.float64)[0, : len(prefix) + 1] for x in read]
+
+    def states(self, source, prefix) -> np.ndarray:
+        """The decoder's states after the first input and every token of the prefix, float64 [1 + n, D]."""
+        return self._read(source, prefix)[1]
+
+    def log_probs(self, source, prefix) -> np.ndarray:
+        """log P(next token | source, prefix), float64 [V]."""
+        logits = self._read(source, prefix)[0][-1]
         return logits - np.log(np.sum(np.exp(logits - logits.max()))) - logits.max()
 
     def total(self, source, target) -> float:
@@ -69,8 +80,15 @@ def sources() -> list[list[int]]:
     return SOURCES
 
 
-@pytest.fixture(params=["greedy", "sample", "beam"])
+METHODS = {
+    "greedy": {},
+    "sample": {"n_best": 2, "top_p": 0.95, "seed": 5},
+    "beam": {"beams": 3, "n_best": 2},
+    "contrastive_search": {"candidates": 3},
+}
+
+
+@pytest.fixture(params=METHODS)
 def config(request) -> DecodeConfig:
     """One config per method."""
-    options = {"greedy": {}, "sample": {"n_best": 2, "top_p": 0.95, "seed": 5}, "beam": {"beams": 3, "n_best": 2}}
-    return DecodeConfig(method=request.param, max_length=LENGTH, **options[request.param])
+    return DecodeConfig(method=request.param, max_length=LENGTH, **METHODS[request.param])

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.decoding.phrases import constraints
+from tests.decoding.conftest import METHODS
 
 EOS = 1
 
@@ -98,12 +99,22 @@ def test_eight_devices_give_the_tokens_of_one(tiny, sources, config, data, tenso
     np.testing.assert_allclose(one.scores, eight.scores, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["beam", "diverse_beam", "constrained_beam", "value_guided_beam"])
-def test_beams_move_inside_their_shard(tiny, method):
+SEARCHES = {
+    "beam": {"beams": 4, "n_best": 3},
+    "diverse_beam": {"beams": 4, "n_best": 3},
+    "constrained_beam": {"beams": 4, "n_best": 3},
+    "value_guided_beam": {"beams": 4, "n_best": 3, "value": lambda tokens, length, hidden: hidden[:, 0]},
+    "contrastive_search": {},
+    "fsd": {"ngram": 3},
+    "fsd_d": {},
+}
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_searches_stay_inside_their_shard(tiny, method):
     """Rows over eight devices: all that devices tell each other is whether all rows are done."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    own = {"value": lambda tokens, length, hidden: hidden[:, 0]} if method == "value_guided_beam" else {}
-    config = DecodeConfig(method=method, beams=4, n_best=3, max_length=10, **own)
+    config = DecodeConfig(method=method, max_length=10, **SEARCHES[method])
     generator = Generator(tiny.model, config, rows=NamedSharding(mesh, P("data")))
     sources = np.random.default_rng(0).integers(2, 12, (8, 8), dtype=np.int32)
     inputs = {
@@ -118,7 +129,7 @@ def test_beams_move_inside_their_shard(tiny, method):
     compiled = generator._run.lower(params, inputs).compile()
     moved = re.findall(r"= (\S+) (all-gather|all-to-all|collective-permute|all-reduce)\(", compiled.as_text())
     assert moved == [("pred[]", "all-reduce")]
-    if method in ("diverse_beam", "value_guided_beam"):  # the other methods have a test of their own for this
+    if method not in METHODS and method != "constrained_beam":  # these have tests of their own for this
         eight, one = compiled(params, inputs), tiny.decode(config, sources)
         np.testing.assert_array_equal(eight.tokens, one.tokens)
         np.testing.assert_allclose(eight.scores, one.scores, rtol=1e-5)

@@ -23,7 +23,7 @@ def chi_square(counts, probs):
 def draws(processors, logits, count=20_000):
     """One draw from the same logits by each of `count` examples."""
     selector = Sample(seed=7)
-    log_prob, keys = selector.init(Start(jnp.arange(count), 4, {}))
+    log_prob, keys = selector.init(Start(jnp.arange(count), 4, {}, lambda: jnp.zeros((count, 0, 1))))
     zero = jnp.zeros(count, jnp.int32)
     done = jnp.zeros(count, bool)
     tokens = jnp.zeros((count, 4), jnp.int32)
