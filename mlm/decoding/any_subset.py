@@ -111,7 +111,7 @@ class Filler:
         lengths = np.array([len(t) for t in templates], np.int32)
         tokens = np.zeros((count, int(lengths.max(initial=0))), np.int32)
         passes = np.zeros(count, np.int32)
-        for chosen in batches([len(s) + n for s, n in zip(sources, lengths, strict=True)], self._batch_size):
+        for chosen in batches(lengths + np.array([len(s) for s in sources], np.int32), self._batch_size):
             rows = min(bucket(-(-len(chosen) // self._shards), 1) * self._shards, self._batch_size)
             source, template = ([sequences[i] for i in chosen] for sequences in (sources, templates))
             inputs = {
@@ -199,7 +199,7 @@ def accepted(
 
 
 def residual(p: Float[Array, "B N V"], q: Float[Array, "B k V"], at: Int[Array, "B"]) -> Float[Array, "B V"]:
-    """log max(0, p - q) at one place of each row, up to a constant; log p behind the block, and where nothing is left."""
+    """log max(0, p - q) at one place of each row, up to a constant; log p behind the block, and where none is left."""
     p, q = (jnp.take_along_axis(x, at[:, None, None], axis=1, mode="fill", fill_value=-jnp.inf)[:, 0] for x in (p, q))
     left = jnp.maximum(jnp.exp(p) - jnp.exp(q), 0.0)
     return jnp.where(jnp.any(left > 0.0, axis=-1, keepdims=True), jnp.log(left), p)

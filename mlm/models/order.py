@@ -51,7 +51,8 @@ def doubled(batch: Batch) -> tuple[dict[str, Array], Order]:
 
 def check_any_order(stack: StackConfig) -> None:
     """Raises ValueError for parts that would let a token learn of later ones, or that know no order but the row's."""
-    found = [f"recurrence of width={s.width} reads left to right" for s in stack.sublayers() if _recurs(s)]
+    units = [spec for spec in stack.sublayers() if isinstance(spec, RecurrentSpec)]
+    found = [f"recurrence of width={s.width} reads left to right" for s in units]
     found += [f"window={s.window} is counted along the row" for s in stack.attentions() if s.window]
     found += [
         f"experts of capacity={r.capacity} and eval_capacity={r.eval_capacity} drop tokens by their place in the row"
@@ -60,10 +61,6 @@ def check_any_order(stack: StackConfig) -> None:
     ]
     if found:
         raise ValueError(
-            f"a decoder that writes in any order: {'; '.join(dict.fromkeys(found))}. Use attention without windows, and "
-            "experts that drop nothing"
+            f"a decoder that writes in any order: {'; '.join(dict.fromkeys(found))}. Use attention without windows "
+            "and experts that drop nothing"
         )
-
-
-def _recurs(spec: object) -> bool:
-    return isinstance(spec, RecurrentSpec)

@@ -167,9 +167,9 @@ class Transformer:
         """Final states of a text-to-text batch (`mlm.types.ROW_FEATURES`), packed or not; teacher-forced in a decoder.
 
         A model of one stack reads only that stack's features. Where a batch has "decoder_causal_attention" [B, T], the
-        decoder's tokens with a 1, the prefix of an example, see each other both ways (prefix LM; T5X's name). Where it has
-        "decoder_ranks", "decoder_reads" and "decoder_query_tokens" [B, T], the decoder writes in the order of the ranks,
-        its input tokens are the targets themselves and the states those of the queries (`models.order`).
+        decoder's tokens with a 1, the prefix of an example, see each other both ways (prefix LM; T5X's name). Where it
+        has "decoder_ranks", "decoder_reads" and "decoder_query_tokens" [B, T], the decoder writes in order of rank: its
+        input tokens are the targets themselves, and the states those of the queries (`models.order`).
         key: dropout key, or None for evaluation. languages: number of language ids, to count each one's use of experts
         (0: not counted). taps: names out of `tap_names`; each comes back as [layers that have it, …]. steering: stack
         -> what is added to its router logits, [n, B or 1, T or 1, E] for its n mixtures by depth (-1e10 forbids an

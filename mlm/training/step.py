@@ -108,9 +108,7 @@ def _split(x: Array, parts: int) -> Array:
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
 
 
-def evaluation_step(
-    params: Params, batch: Batch, *, loss_fn: LossFunction, prepare: Prepare | None = None
-) -> Metrics:
+def evaluation_step(params: Params, batch: Batch, *, loss_fn: LossFunction, prepare: Prepare | None = None) -> Metrics:
     """Metrics of a batch, no dropout, no gradients. prepare: as after the last step, with the same key every time."""
     if prepare is not None:
         batch = prepare(batch, jax.random.key(0), LAST_STEP)

@@ -33,9 +33,10 @@ class TrainConfig:
     steps: updates in the whole run. z_loss: weight of (log Z)^2 in nats. loss_chunk: target positions per piece of the
     head (None: chosen from the sizes). candidates: tokens that a training step normalises over, the targets of the
     microbatch and the `neighbours` nearest to each (None: all; `objectives.candidates`), so that its loss is a lower
-    bound of that of an evaluation, which takes all. any_order: the decoder learns to write in any order, of targets that
-    are masked anew in every step; an evaluation masks as the last steps do, the same every time. ema_decay: 0 keeps no mean. on_nonfinite: "stop" the run, or "skip"
-    the update and count it. precision of activations is the model's `dtype`.
+    bound of that of an evaluation, which takes all. any_order: the decoder learns to write in any order, of targets
+    that are masked anew in every step; an evaluation masks as the last steps do, the same every time. ema_decay: 0
+    keeps no mean. on_nonfinite: "stop" the run, or "skip" the update and count it. precision of activations is the
+    model's `dtype`.
     """
 
     steps: int
