@@ -12,7 +12,7 @@ blanks. The law of the result is that of drawing rank by rank, which block=1 doe
 arXiv:2504.20456 (any-subset speculative decoding); Leviathan et al. 2023 (acceptance).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Filler:
     compiled is reused.
 
         fill = Filler(model, mask_token=32_099)
-        fill(params, sources=[[5, 6, 1]], templates=[[7, 32_099, 32_099, 1]]).tokens
+        fill(params, [[7, 32_099, 32_099, 1]], sources=[[5, 6, 1]]).tokens  # e.g. [[7, 12, 9, 1]]
 
     mask_token: the blank, which the model was trained with. block: ranks guessed at once; 1 draws one after another.
     temperature: tokens come from softmax(logits / temperature). seed, and a row's id, decide what is drawn: neither
@@ -221,7 +221,7 @@ def _drawn(log_probs: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, 
 
 def _put(
     tokens: Int[Array, "B T"], places: Int[Array, "B N"], new: Int[Array, "B N"], where: Bool[Array, "B N"]
-) -> Any:
+) -> Int[Array, "B T"]:
     """The rows with new tokens at those of the places that are to be written."""
     outside = jnp.where(where, places, tokens.shape[1])
     return jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(tokens, outside, new)

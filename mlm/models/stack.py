@@ -139,8 +139,8 @@ class Stack:
         config, frame = self.config, self._bind_frame(params)
         length = rows.shape[1]
         own = Sight(shape=(length, length), causal=config.causal, segments=(segments, segments))
-        lengths = {length, length if memory is None else memory.shape[1]}
         if order is None:
+            lengths = {length, length if memory is None else memory.shape[1]}
             path = path_of(config, str(rows.dtype), sorted(lengths), prefix is not None)
             positions = segment_positions(segments)
         else:

@@ -134,7 +134,7 @@ def test_a_decoder_alone_on_two_devices_and_for_a_language():
     config = llama_style(**sizes, rope=PositionSpec(kind="rope"))
     model = Transformer(language_aware(config, languages=2, offsets=("language",)))
     params = model.init(jax.random.key(0))
-    params["offsets"]["language"] = jnp.stack([jnp.zeros(8), 20.0 * jax.random.normal(jax.random.key(1), (8,))])
+    params["offsets"]["language"] = jnp.stack([jnp.zeros(8), 400.0 * jax.random.normal(jax.random.key(1), (8,))])
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     templates = [[11] * 7, [11, 5, 11], [4, 11, 11, 11], [11, 3]]
     one, two = (
