@@ -101,6 +101,7 @@ def bind_all() -> None:
     from mlm.data.pipeline import DataConfig
     from mlm.models.presets import preset
     from mlm.models.specs import PositionSpec, RouterSpec, SeqPESpec
+    from mlm.objectives.any_order import AnyOrder
     from mlm.parallel import MeshConfig
     from mlm.training.loop import LoopConfig
     from mlm.training.optimizers import make_optimizer
@@ -115,6 +116,7 @@ def bind_all() -> None:
         "seqpe": SeqPESpec,
         "data": DataConfig,
         "train": TrainConfig,
+        "any_order": AnyOrder,
         "optimizer": make_optimizer,
         "schedule": make_schedule,
         "mesh": MeshConfig,
