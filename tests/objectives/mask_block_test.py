@@ -11,7 +11,7 @@ from mlm.training.trainer import TrainConfig, make_loss
 from tests.training.toy import LANGUAGES, MODEL, examples, rows_of
 
 MASK = 63
-PACKED = rows_of([examples(3, seed=seed) for seed in range(4)], source=24, target=16)
+PACKED = jax.tree.map(jnp.asarray, rows_of([examples(3, seed=seed) for seed in range(4)], source=24, target=16))
 OPTIONS = {"objective": "mask_block", "block": 4, "mask_token": MASK, "z_loss": 0.0}
 
 
@@ -57,22 +57,23 @@ def test_every_target_is_as_often_the_first_of_a_block():
     assert counts[5:].sum() == 0
 
 
-def test_a_loss_hides_the_targets_and_keeps_an_evaluation_as_it_is():
-    """The loss is that of the masked batch; without a key the cuts are the same each time. What the decoder would read
-    of the hidden targets has no part in it.
+def test_a_loss_is_that_of_the_masked_batch():
+    """With a key the cuts are drawn by it, without one they are the same each time. What the decoder would read of the
+    hidden targets has no part in it.
     """
-    model = Transformer(MODEL)
-    params = model.init(jax.random.key(0))
+    model, key = Transformer(MODEL), jax.random.key(1)
+    params = jax.jit(model.init)(jax.random.key(0))
     loss = jax.jit(make_loss(model, TrainConfig(steps=1, **OPTIONS), LANGUAGES))
-    got = loss(params, PACKED, None)
-    shown = masked(PACKED, jax.random.key(0), 4, MASK)
-    plain = make_loss(model, TrainConfig(steps=1, z_loss=0.0), LANGUAGES)(params, shown, None)
-    np.testing.assert_allclose(got.sum, plain.sum, rtol=1e-5)
-    assert float(got.weight) == float(shown["decoder_loss_weights"].sum())
-    inputs = jnp.where(shown["decoder_causal_attention"] > 0, 9, PACKED["decoder_input_tokens"])
-    np.testing.assert_allclose(loss(params, {**PACKED, "decoder_input_tokens": inputs}, None).sum, got.sum, rtol=1e-6)
-    first, second = (float(loss(params, PACKED, jax.random.key(seed)).sum) for seed in (1, 2))
-    assert first != second
+    plain = jax.jit(make_loss(model, TrainConfig(steps=1, z_loss=0.0), LANGUAGES))
+    for given, cuts in ((None, jax.random.key(0)), (key, jax.random.split(key)[1])):
+        got, shown = loss(params, PACKED, given), masked(PACKED, cuts, 4, MASK)
+        np.testing.assert_allclose(got.sum, plain(params, shown, None).sum, rtol=1e-5)
+        assert float(got.weight) == float(shown["decoder_loss_weights"].sum())
+        other = jnp.where(shown["decoder_causal_attention"] > 0, 9, PACKED["decoder_input_tokens"])
+        assert (other != PACKED["decoder_input_tokens"]).any()
+        np.testing.assert_allclose(
+            loss(params, {**PACKED, "decoder_input_tokens": other}, given).sum, got.sum, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
