@@ -142,7 +142,7 @@ def test_a_perfect_drafter_takes_a_pass_for_each_block(width, prompt):
 
 
 def test_training_lowers_its_loss_and_then_it_saves_passes():
-    """A model that repeats what it reads, as all its layers add nothing; a drafter trained on words seven times over."""
+    """A model that repeats what it reads, as its layers add nothing; a drafter trained on words eight times over."""
     words, model = list(range(3, VOCAB)), Transformer(SMALL)
     batch = rows_of([[([w], [w] * 8, 1)] for w in words for _ in range(4)], source=4, target=12)
     options = TrainConfig(steps=60, objective="mask_block", block=4, mask_token=MASK, z_loss=0.0)
