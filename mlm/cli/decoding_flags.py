@@ -29,10 +29,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes; `mlm decode list` names them"),
     "guesses": (int, "tokens guessed a pass (default 8)"),
     "branches": (int, "guesses behind a guess at most (default 1: a chain; more make a tree)"),
-    "mask_token": (
-        int,
-        "mask_block: id of the token that the drafter fills, train.mask_token of its run",
-    ),
+    "mask_token": (int, "mask_block: id of the token that the drafter fills, train.mask_token of its run"),
     "max_length": (int, "tokens at most (default: the targets_length of the run)"),
     "min_length": (int, "no end before this token (default 0)"),
 }

@@ -23,7 +23,8 @@ def masked(batch: Batch, key: Key[Array, ""], block: int, mask_token: int) -> di
 
     Masks go on behind the end of their example, where there is no target: how many there are must not tell where it
     ends. So what follows in a packed row gives way to them, and such a row trains one block, not one for each of its
-    examples; a row of its own for each trains more of them. Raises ValueError for a batch that has a prefix already.
+    examples; a row of its own for each trains more of them. Only the end of the row cuts a block off, and tells: rows
+    are best `block` tokens longer than their targets. Raises ValueError for a batch that has a prefix already.
     """
     if FLAGS in batch:
         raise ValueError(f"{FLAGS} says which tokens are masks here, and this batch has a prefix of its own")

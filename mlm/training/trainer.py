@@ -145,7 +145,6 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
         raise ValueError(f"objective {config.objective!r} predicts decoder targets, and this model has no decoder")
     if config.candidates is not None and model.config.head.kind == "two_level":
         raise ValueError(f"candidates={config.candidates}: a head of two levels normalises over few tokens by itself")
-
     if config.mask_token is not None and config.mask_token >= model.config.vocab_size:
         raise ValueError(
             f"mask_token={config.mask_token} is outside the model's vocabulary of {model.config.vocab_size} ids; name "
