@@ -181,7 +181,7 @@ def test_what_a_value_means_is_checked_when_the_plan_is_made(override, message):
 
 def test_the_objective_of_masked_blocks_asks_for_its_mask():
     files = [RUN, "gin/objectives/mask_block.gin"]
-    with pytest.raises(UsageError, match="required, but not set: train.mask_token"):
+    with pytest.raises(UsageError, match=r"required, but not set: train\.mask_token"):
         configuration.resolve(files, [])
     made = plan(*files, overrides=("train.mask_token=8100",))
     assert (made.train.objective, made.train.block, made.train.mask_token) == ("mask_block", 8, 8100)
