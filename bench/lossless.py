@@ -1,12 +1,12 @@
 """Guesses ahead against one token a pass: passes and seconds for the same tokens, where most of the input is copied.
 
-    python bench/lossless.py [--steps 1500] [--repeats 5] [--json FILE]
+    python bench/lossless.py [--steps 1500] [--repeats 5] [--lines 64] [--json FILE]
 
 The task is made here: lines of 40 words out of 30, of which 2 to 10 % are misspelled in the source; the target has them
-right. A model of 4 + 4 layers and a draft of 1 + 1 are trained on it, then 64 unseen lines are corrected one at a time,
-greedily, 2 threads: one token a pass, and with guesses of every kind, chains and trees. Tokens must be the same before
-anything is timed. Tokens a pass with the draft are set against (1 - a^(W+1)) / (1 - a), a the share of positions where,
-behind the same tokens, both choose the same.
+right. A model of 4 + 4 layers, a draft of 1 + 1, and one of 1 + 1 that fills blocks of masks are trained on it, then 64
+unseen lines are corrected one at a time, greedily, 2 threads: one token a pass, and with guesses of every kind, chains
+and trees. Tokens must be the same before anything is timed. Tokens a pass with the draft are set against
+(1 - a^(W+1)) / (1 - a), a the share of positions where, behind the same tokens, both choose the same.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from mlm.training.trainer import TrainConfig, Trainer  # noqa: E402
 
 WORDS, LENGTH, ROWS = 30, 40, 32
 VOCABULARY = 64  # 3 … 32: words; 33 … 62: their misspellings
+MASK = 63
 WAYS = {  # name -> how tokens are guessed
     "input_copy": {"proposer": "input_copy", "guesses": 15},
     "draft_model": {"proposer": "draft_model", "guesses": 4},
@@ -39,8 +40,9 @@ WAYS = {  # name -> how tokens are guessed
     "ngram_table": {"proposer": "ngram_table", "guesses": 8},
     "ngram_table, tree": {"proposer": "ngram_table", "guesses": 12, "branches": 2},
     "staged": {"proposer": "staged", "guesses": 4},
+    "mask_block": {"proposer": "mask_block", "guesses": 8, "mask_token": MASK},
 }
-SIZES = {"model": (256, 4), "draft": (64, 1)}  # width, layers of each stack
+SIZES = {"model": (256, 4), "draft_model": (64, 1), "mask_block": (64, 1)}  # width, layers of each stack
 TARGETS = {"passes": 4.0, "seconds": 2.5, "formula": 0.1}
 
 
@@ -57,10 +59,13 @@ def trained(name, steps):
     width, layers = SIZES[name]
     config = fairseq_style(d_model=width, d_ff=2 * width, heads=4, layers=layers, vocab_size=VOCABULARY)
     optimizer = make_optimizer("adamw", learning_rate=1e-3, weight_decay=0.0)
-    trainer = Trainer(config, TrainConfig(steps=steps, z_loss=0.0), optimizer, make_mesh(MeshConfig()), languages=2)
+    block = WAYS[name]["guesses"] if name == "mask_block" else 0
+    masking = {"objective": "mask_block", "block": block, "mask_token": MASK} if block else {}
+    train = TrainConfig(steps=steps, z_loss=0.0, **masking)
+    trainer = Trainer(config, train, optimizer, make_mesh(MeshConfig()), languages=2)
     state, random, losses = trainer.init(), np.random.default_rng(1), []
     for _ in range(steps):
-        packer = Packer(LENGTH + 1, LENGTH + 1, pack=False)
+        packer = Packer(LENGTH + 1, LENGTH + 1 + block, pack=False)
         for source, target in zip(*lines(ROWS, random), strict=True):
             packer.add(Example(source, target, language=1, task=1, inputs_language=1))
         state, metrics = trainer.step(state, global_batch(packer.take(ROWS), trainer.mesh))
@@ -93,16 +98,21 @@ def main():
     parser.add_argument("--json")
     options = parser.parse_args()
     models = {name: trained(name, options.steps) for name in SIZES}
-    (model, params, _), (draft, draft_params, _) = models.values()
+    model, params, _ = models["model"]
     sources, targets = lines(options.lines, np.random.default_rng(2))
     width = LENGTH + 1
     generators = {"none": Generator(model, DecodeConfig(max_length=width))}
+    drafts = {
+        name: models["mask_block" if way["proposer"] == "mask_block" else "draft_model"]
+        for name, way in WAYS.items()
+        if PROPOSERS[way["proposer"]].drafts
+    }
     for name, way in WAYS.items():
-        drafts = PROPOSERS[way["proposer"]].drafts
-        generators[name] = Generator(model, DecodeConfig(max_length=width, **way), draft=draft if drafts else None)
+        draft = drafts[name][0] if name in drafts else None
+        generators[name] = Generator(model, DecodeConfig(max_length=width, **way), draft=draft)
 
     def correct(name):
-        extra = {"draft": draft_params} if generators[name].draft else {}
+        extra = {"draft": drafts[name][1]} if name in drafts else {}
         return [generators[name](params, [source], **extra) for source in sources]
 
     found = {name: correct(name) for name in generators}
@@ -125,7 +135,7 @@ def main():
                 "x faster": times["none"]["seconds"] / spent,
             }
         )
-    a = agreement(models.values(), sources, written["none"])
+    a = agreement((models["model"], models["draft_model"]), sources, written["none"])
     expected = sum(a**i for i in range(WAYS["draft_model"]["guesses"] + 1))
     setting = {
         "lines right": f"{(written['none'] == targets).all(1).mean():.2f} of {options.lines}",
@@ -134,7 +144,7 @@ def main():
         **environment("jax"),
     }
     report("Lossless decoding, one line at a time", setting, rows, options.json)
-    copied, drafted = rows[1], rows[2]
+    copied, drafted = rows[1:3]
     parted = abs(drafted["tokens a pass"] / expected - 1)
     for what, met, value in (
         ("x fewer passes by input_copy", copied["x fewer passes"] >= TARGETS["passes"], copied["x fewer passes"]),

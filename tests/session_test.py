@@ -51,8 +51,9 @@ def test_guesses_change_nothing(tiny_run, session, one_device):
     """The run drafts for itself, at another checkpoint and so not always rightly."""
     drafted = mlm.load(tiny_run, 10, devices=one_device, batch_size=4, draft=tiny_run)
     plain = drafted.decode(TEXTS, to="fr")
-    for proposer in ("draft_model", "input_copy"):
-        found = drafted.decode(TEXTS, to="fr", proposer=proposer, guesses=3)
+    for proposer in ("draft_model", "input_copy", "mask_block"):
+        own = {"mask_token": 5} if proposer == "mask_block" else {}
+        found = drafted.decode(TEXTS, to="fr", proposer=proposer, guesses=3, **own)
         assert [best.tokens for (best,) in found] == [best.tokens for (best,) in plain]
     with pytest.raises(ValueError, match="name its run, by draft="):
         session.generate("a", proposer="draft_model")

@@ -33,6 +33,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes; `mlm decode list` names them"),
     "guesses": (int, "tokens guessed a pass (default 8)"),
     "branches": (int, "guesses behind a guess at most (default 1: a chain; more make a tree)"),
+    "mask_token": (int, "mask_block: id of the token that the drafter fills, train.mask_token of its run"),
     "max_length": (int, "tokens at most (default: the targets_length of the run)"),
     "min_length": (int, "no end before this token (default 0)"),
 }
@@ -129,7 +130,7 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
 
     given = {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
     if flags.draft:
-        given.setdefault("proposer", "draft_model")
+        given.setdefault("proposer", "draft_model" if flags.mask_token is None else "mask_block")
     elif flags.ngram_text:
         given.setdefault("proposer", "ngram_table")
     try:

@@ -37,7 +37,7 @@ def _told(value: T | None) -> T:
 
 
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
-_GUESSING = ("proposer", "guesses", "branches")
+_GUESSING = ("proposer", "guesses", "branches", "mask_token")
 METHODS: Registry[Method] = Registry(
     "decoding method",
     greedy=Method(lambda c: Greedy(), ("repetition_penalty", *_GUESSING), "the most probable token at every step"),
@@ -130,6 +130,7 @@ class DecodeConfig:
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
     guesses: int = 8  # tokens guessed a pass
     branches: int = 1  # guesses behind a guess at most: 1 makes a chain of them, more a tree
+    mask_token: int | None = None  # mask_block: the token that its drafter was trained to fill
 
     def __post_init__(self):
         allowed = (*ALWAYS, *METHODS[self.method].options)
@@ -145,7 +146,7 @@ class DecodeConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         proposer = PROPOSERS[self.proposer]
-        for name in ("guesses", "branches"):
+        for name in ("guesses", "branches", "mask_token"):
             if name not in proposer.options and getattr(self, name) != getattr(type(self), name):
                 able = [able for able, kind in PROPOSERS.items() if name in kind.options]
                 raise ValueError(
@@ -168,6 +169,11 @@ class DecodeConfig:
                     f"{name}={phrases!r} must be a tuple of phrases, each a tuple of one token id or more, as "
                     "((17, 4), (23,))"
                 )
+        if "mask_token" in proposer.options and not _integer(1)(self.mask_token):
+            raise ValueError(
+                f"mask_token={self.mask_token!r} must be an integer of at least 1 (0 is padding): proposer="
+                f"{self.proposer!r} needs the token that its drafter was trained to fill, train.mask_token of that run"
+            )
         if self.min_length > self.max_length:
             raise ValueError(f"min_length={self.min_length} exceeds max_length={self.max_length}")
         if self.method == "diverse_beam" and self.beams % self.groups:
@@ -187,16 +193,19 @@ class DecodeConfig:
 
     @property
     def block(self) -> int:
-        """Tokens that a pass reads at most: the newest one, and guesses."""
-        if isinstance(selector := self.selector(), Proposer):
-            return selector.tree.size
-        return 1 if self.proposer == "none" else self.guesses + 1
+        """Tokens that a pass reads at most: the newest one, and guesses, of a model or of what drafts for it."""
+        return max(1, self._ahead)
 
     @property
     def slots(self) -> int:
         """Slots that a cache must have: of the longest row, and of the guesses behind it."""
-        blocks = 1 if isinstance(self.selector(), Proposer) else PROPOSERS[self.proposer].blocks
-        return self.max_length + blocks * self.block
+        return self.max_length + self._ahead
+
+    @property
+    def _ahead(self) -> int:
+        if isinstance(selector := self.selector(), Proposer):
+            return selector.tree.size
+        return PROPOSERS[self.proposer].blocks * (self.guesses + 1)
 
     def processors(self) -> tuple[Processor, ...]:
         """The processors that are switched on, in the order of `PROCESSORS`."""

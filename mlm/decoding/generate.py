@@ -27,7 +27,7 @@ class Generator:
 
     rows: sharding of an array's first axis over the mesh, e.g. NamedSharding(mesh, P("data")); parameters stay where
     their own shardings put them. batch_size: examples per device call at most. draft: the smaller model that
-    proposer="draft_model" asks.
+    some proposers ask.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class Generator:
         _check_draft(model, config, draft)
         for name in PHRASES:
             check_tokens(f"phrase of {name}", getattr(config, name), model.config.vocab_size)
+        if config.mask_token is not None:
+            check_tokens("mask_token", [[config.mask_token]], model.config.vocab_size)
         self.model, self.config, self.draft = model, config, draft
         self.compilations = 0  # shapes seen so far; each costs seconds once
         self._rows = rows
@@ -146,7 +148,9 @@ class Generator:
                 prompt_lengths=inputs.get("prompt_lengths"),
                 given=inputs.get("given", NOTHING),
                 proposer=proposer.make(
-                    Inputs(sources, lengths, drafting, table), self.config.guesses, self.config.branches
+                    Inputs(sources, lengths, drafting, table, self.config.mask_token),
+                    self.config.guesses,
+                    self.config.branches,
                 ),
             )
 
@@ -163,8 +167,10 @@ class Generator:
         block = max(self.config.block, inputs["prompts"].shape[1] if "prompts" in inputs else 1)
         cache = model.init_cache(params, encoded, real, rows, self.config.slots, to, block)
 
-        def step(tokens: Array, cache: PyTree, tree: Tree | None = None) -> tuple[Read, PyTree]:
-            logits, hidden, cache = model.step(params, tokens, cache, tree=tree)
+        def step(
+            tokens: Array, cache: PyTree, tree: Tree | None = None, prefix: Array | None = None
+        ) -> tuple[Read, PyTree]:
+            logits, hidden, cache = model.step(params, tokens, cache, prefix, tree)
             return Read(logits, Seen(hidden)), cache
 
         return step, self._shard(cache)

@@ -23,13 +23,14 @@ MATCHED = 3  # tokens at most by which a row finds its place in the source
 
 class Inputs(NamedTuple):
     """What a proposer may read, a row for each decoding row. draft: a smaller model's step and its empty cache. table:
-    trigrams of text like that to be written.
+    trigrams of text like that to be written. mask_token: what a drafter of blocks was trained to fill.
     """
 
     sources: Int[Array, "R S"]
     lengths: Int[Array, "R"]
     draft: tuple[Step, PyTree] | None = None
     table: Trigrams | None = None
+    mask_token: int | None = None
 
 
 class NoGuesses:
@@ -210,6 +211,43 @@ class DraftTree(NoGuesses):
         return {**own, "length": own["length"] + grown}
 
 
+@dataclass(frozen=True)
+class MaskBlock(NoGuesses):
+    """What a drafter fills in for mask tokens behind the newest one, all in one pass.
+
+    It reads the tokens confirmed since its last pass, each of which sees those before it, then W - 1 masks, which see
+    all of them and each other; the first guess is what it says behind the newest token, the others what it says of the
+    masks. That is how `objectives.mask_block` trains it, and why its cache may keep the tokens: no mask has touched
+    them, so each is read once, in the pass that guesses behind it. Source: Xia et al. 2022 (arXiv:2203.16487),
+    generalized aggressive decoding, its beta = 1.
+    """
+
+    step: Step
+    cache: PyTree  # empty; slots for two blocks beyond the longest row
+    mask_token: int
+    width: int = 8
+
+    @property
+    def tree(self) -> Tree:
+        return chain(self.width)
+
+    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
+        return DraftModel(self.step, self.cache).begin(read, length)[0]
+
+    def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
+        cache, newest_at = state.proposal, state.length[:, None]  # what the decoder reads is shifted right by one
+        # At most W + 1 tokens are new; a row with fewer has places left behind its masks, which nothing sees.
+        at = cache["length"][:, None] + jnp.arange(2 * self.width)
+        read = jnp.pad(state.tokens, ((0, 0), (1, 0)), constant_values=PAD_ID)
+        told = jnp.take_along_axis(read, jnp.minimum(at, read.shape[1] - 1), axis=1)
+        masks = (at > newest_at) & (at < newest_at + self.width)
+        said, cache = self.step(jnp.where(at <= newest_at, told, self.mask_token), cache, prefix=masks)
+        first = newest_at - at[:, :1]
+        where = jnp.maximum(first, 0) + jnp.arange(self.width)
+        guesses = jnp.take_along_axis(jnp.argmax(said.logits, axis=-1), where, axis=1)
+        return guesses, {**cache, "length": state.length + 1}
+
+
 class Kind(NamedTuple):
     """How a proposer is made of a batch's inputs, of guesses and branches, and what it does, in a line."""
 
@@ -228,6 +266,12 @@ def _draft_model(inputs: Inputs, guesses: int, branches: int) -> Proposer:
     assert inputs.draft is not None
     step, cache = inputs.draft
     return DraftModel(step, cache, guesses) if branches == 1 else DraftTree(step, cache, best_first(guesses, branches))
+
+
+def _mask_block(inputs: Inputs, guesses: int, branches: int) -> MaskBlock:
+    assert inputs.draft is not None
+    assert inputs.mask_token is not None
+    return MaskBlock(*inputs.draft, inputs.mask_token, guesses)
 
 
 def _staged(inputs: Inputs, guesses: int, branches: int) -> DraftModel:
@@ -251,6 +295,13 @@ PROPOSERS: Registry[Kind] = Registry(
     ),
     draft_model=Kind(
         _draft_model, "what a smaller model would write (Leviathan et al. 2023)", options=_TREE, drafts=True
+    ),
+    mask_block=Kind(
+        _mask_block,
+        "a drafter trained by objective mask_block, all guesses in one pass (Xia et al. 2022)",
+        blocks=2,
+        options=("guesses", "mask_token"),
+        drafts=True,
     ),
     staged=Kind(
         _staged,

@@ -134,9 +134,17 @@ class Read(NamedTuple):
 
 @runtime_checkable
 class Step(Protocol):
-    """One pass of the model: Q more slots of the cache written, its `length` as it was. tree: None, a chain."""
+    """One pass of the model: Q more slots of the cache written, its `length` as it was. tree: None, a chain. prefix:
+    tokens of the block that see each other both ways; a model that is decoded with is never asked for it, a drafter is.
+    """
 
-    def __call__(self, tokens: Int[Array, "R Q"], cache: PyTree, tree: Tree | None = None) -> tuple[Read, PyTree]: ...
+    def __call__(
+        self,
+        tokens: Int[Array, "R Q"],
+        cache: PyTree,
+        tree: Tree | None = None,
+        prefix: Bool[Array, "R Q"] | None = None,
+    ) -> tuple[Read, PyTree]: ...
 
 
 def ends(state: State, token: Int[Array, "R *n"]) -> Bool[Array, "R *n"]:

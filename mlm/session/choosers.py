@@ -290,7 +290,7 @@ class Energy(Chooser):
 
 def check_pure(config: DecodeConfig) -> None:
     """Raises ValueError for anything but samples of the model, at a temperature."""
-    kept = ("n_best", "seed", "temperature", "max_length", "proposer", "guesses", "branches")
+    kept = ("n_best", "seed", "temperature", "max_length", "proposer", "guesses", "branches", "mask_token")
     pure = DecodeConfig(method="sample", **{name: getattr(config, name) for name in kept})
     differ = [
         f"{field.name}={getattr(config, field.name)!r}"

@@ -15,6 +15,7 @@ from mlm.models.transformer import Transformer
 from mlm.objectives import OBJECTIVES, Loss
 from mlm.objectives.any_order import AnyOrder
 from mlm.objectives.candidates import narrowed
+from mlm.objectives.mask_block import masked
 from mlm.parallel import MeshPlacement, check_sizes, shardings
 from mlm.registry import nearest
 from mlm.training.optimizers import state_axes
@@ -33,10 +34,11 @@ class TrainConfig:
     steps: updates in the whole run. z_loss: weight of (log Z)^2 in nats. loss_chunk: target positions per piece of the
     head (None: chosen from the sizes). candidates: tokens that a training step normalises over, the targets of the
     microbatch and the `neighbours` nearest to each (None: all; `objectives.candidates`), so that its loss is a lower
-    bound of that of an evaluation, which takes all. any_order: the decoder learns to write in any order, of targets
-    that are masked anew in every step; an evaluation masks as the last steps do, the same every time. ema_decay: 0
-    keeps no mean. on_nonfinite: "stop" the run, or "skip" the update and count it. precision of activations is the
-    model's `dtype`.
+    bound of that of an evaluation, which takes all. block, mask_token: of objective "mask_block", how many targets are
+    predicted at once, and the token that stands for them. any_order: the decoder learns to write in any order, of
+    targets that are masked anew in every step; an evaluation masks as the last steps do, the same every time.
+    ema_decay: 0 keeps no mean. on_nonfinite: "stop" the run, or "skip" the update and count it. precision of
+    activations is the model's `dtype`.
     """
 
     steps: int
@@ -48,14 +50,22 @@ class TrainConfig:
     loss_chunk: int | None = None
     candidates: int | None = None
     neighbours: int = 50
+    block: int | None = None
+    mask_token: int | None = None
     any_order: AnyOrder | None = None
     ema_decay: float = 0.0
     on_nonfinite: str = "stop"
 
     def __post_init__(self):
-        for name in ("steps", "microbatches", "candidates", "neighbours"):
+        for name in ("steps", "microbatches", "candidates", "neighbours", "block", "mask_token"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name}={getattr(self, name)} must be at least 1")
+        masking = self.objective == "mask_block"
+        if (self.block is not None, self.mask_token is not None) != (masking, masking):
+            raise ValueError(
+                f"TrainConfig.block={self.block}, mask_token={self.mask_token}: objective='mask_block' needs both, and "
+                f"any other, as objective={self.objective!r}, must leave both out"
+            )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"TrainConfig.ema_decay={self.ema_decay} must be in [0, 1); T5 runs use 0, EMA runs 0.999")
         if self.on_nonfinite not in NONFINITE:
@@ -159,8 +169,17 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
         raise ValueError(f"objective {config.objective!r} predicts decoder targets, and this model has no decoder")
     if config.candidates is not None and model.config.head.kind == "two_level":
         raise ValueError(f"candidates={config.candidates}: a head of two levels normalises over few tokens by itself")
+    if config.mask_token is not None and config.mask_token >= model.config.vocab_size:
+        raise ValueError(
+            f"mask_token={config.mask_token} is outside the model's vocabulary of {model.config.vocab_size} ids; name "
+            "one that no target holds, such as a sentinel"
+        )
 
     def loss_of(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+        if config.block is not None and config.mask_token is not None:
+            # An evaluation draws the same cuts every time.
+            key, cuts = (None, jax.random.key(config.seed)) if key is None else jax.random.split(key)
+            batch = masked(batch, cuts, config.block, config.mask_token)
         output = model(params, batch, key, languages=languages)
         hidden, kernel, bias, targets, within = model.prediction(params, output.hidden, batch["decoder_target_tokens"])
         if config.candidates is not None and key is not None:

@@ -179,6 +179,15 @@ def test_what_a_value_means_is_checked_when_the_plan_is_made(override, message):
     assert "In call to" not in configuration.explain(error.value)
 
 
+def test_the_objective_of_masked_blocks_asks_for_its_mask():
+    files = [RUN, "gin/objectives/mask_block.gin"]
+    with pytest.raises(UsageError, match=r"required, but not set: train\.mask_token"):
+        configuration.resolve(files, [])
+    made = plan(*files, overrides=("train.mask_token=8100",))
+    assert (made.train.objective, made.train.block, made.train.mask_token) == ("mask_block", 8, 8100)
+    assert not made.data.pack
+
+
 def test_a_configuration_without_a_run_says_what_is_missing():
     configuration.resolve(["gin/objectives/text_to_text.gin"], [])
     with pytest.raises(TypeError) as error:

@@ -37,6 +37,8 @@ def test_a_record_says_what_may_be_given_to_what(capsys):
     assert found["processor", "repetition_penalty"]["methods"] == ["greedy", "sample"]
     assert found["processor", "no_repeat_ngram"]["methods"] == list(METHODS)
     assert found["proposer", "input_copy"]["options"] == {"guesses": 8}
+    assert found["proposer", "mask_block"]["options"] == {"guesses": 8, "mask_token": None}
+    assert "Xia et al. 2022" in found["proposer", "mask_block"]["summary"]
     assert found["method", "diverse_beam"]["options"]["groups"] == 2
     assert found["postprocessor", "mbr"]["options"] == {
         "utility": "chrf",
