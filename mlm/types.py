@@ -13,6 +13,8 @@ A batch is a plain dict of arrays. Text-to-text batches hold the features of `RO
 packed or not, a token belongs to the example whose number stands in `*_segment_ids` (1, 2, …; 0 is padding),
 its place inside that example is `*_positions`, and its language and task are `*_language_ids` and `decoder_task_ids`.
 A batch for prefix language models also has `decoder_causal_attention`: 1 where a token belongs to its example's prefix.
+A batch for any order has `decoder_ranks`, 0 for a given token and then 1, 2, … in the order of writing,
+`decoder_reads`, the rank below which a position may read, and `decoder_query_tokens`, what stands where it is asked.
 """
 
 from collections.abc import Callable, Mapping

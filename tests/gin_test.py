@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from mlm.cli import configuration, train
+from mlm.objectives.any_order import AnyOrder
 from mlm.shipped import gin_path
 
 ROOT = gin_path()
@@ -72,6 +73,11 @@ def test_a_mixture_file_names_a_registered_mixture(name):
     configuration.resolve(["gin/models/tiny.gin", name, PRETRAIN], REQUIRED)
     load_tasks()
     assert get(train.configured().data.mixture)
+
+
+def test_any_run_may_learn_any_order():
+    configuration.resolve(["gin/runs/quickstart.gin", "gin/objectives/any_order.gin"], ["any_order.mask_token=258"])
+    assert train.configured().train.any_order == AnyOrder(mask_token=258)
 
 
 @pytest.mark.parametrize("name", RUNS)

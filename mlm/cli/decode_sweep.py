@@ -9,7 +9,6 @@ Tokens per second are those of the best results, without compilation.
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
@@ -159,7 +158,7 @@ class _Sweep:
             "hash": _hash(generator.config),
             **trial._asdict(),
             "tokens_per_second": trial.tokens / trial.seconds,
-            "decode": dataclasses.asdict(generator.config),
+            "decode": generator.config.plain(),
             **self.about,
         }
 
@@ -225,7 +224,7 @@ def _metric(known: Sequence[str], task: str, wanted: str | None) -> str:
 
 def _hash(config: Any) -> str:
     """Of everything that a decode depends on besides the model and the examples."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(config.plain(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _names(text: str | None) -> list[str]:

@@ -8,13 +8,13 @@ from typing import Any
 from mlm.cli.main import UsageError
 
 AXES = ("data", "fsdp", "expert", "tensor", "replica")
-# option of DecodeConfig -> (type, help). What no flag can hold is for a session: bad_words are phrases of token ids.
+# option of DecodeConfig -> (type, help). A function's value of a beginning is for a session alone.
 OPTIONS: dict[str, tuple[type, str]] = {
-    "beams": (int, "beam, diverse_beam: hypotheses kept (default 4)"),
+    "beams": (int, "beam, diverse_beam, constrained_beam: hypotheses kept (default 4)"),
     "groups": (int, "diverse_beam: parts of the beams that avoid each other's tokens (default 2)"),
     "diversity": (float, "diverse_beam: nats that a token costs for each earlier beam that chose it (default 0.5)"),
-    "alpha": (float, "beam, diverse_beam: exponent of the length penalty (default 0.6)"),
-    "n_best": (int, "sample, beam, diverse_beam: results per text (default 1)"),
+    "alpha": (float, "beam, diverse_beam, constrained_beam: exponent of the length penalty (default 0.6)"),
+    "n_best": (int, "sample and beams: results per text (default 1)"),
     "candidates": (int, "contrastive_search, fsd, fsd_d: most probable tokens to choose of (default 5)"),
     "penalty_alpha": (float, "the same: weight of the penalty on repetition (default 0.6; fsd: 0.4)"),
     "ngram": (int, "fsd, fsd_d: tokens of an n-gram that is penalised (default 2; fsd_d: 3)"),
@@ -35,6 +35,10 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "branches": (int, "guesses behind a guess at most (default 1: a chain; more make a tree)"),
     "max_length": (int, "tokens at most (default: the targets_length of the run)"),
     "min_length": (int, "no end before this token (default 0)"),
+}
+TEXTS = {  # options that are several texts, a flag for each
+    "stop": "end behind this text, which is not printed; may be given several times",
+    "bad_words": "never write this text; may be given several times",
 }
 
 
@@ -83,6 +87,8 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name, (kind, text) in OPTIONS.items():
         group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
+    for name, text in TEXTS.items():
+        group.add_argument(f"--{name}", action="append", default=[], metavar="TEXT", help=text)
 
 
 def add_choose_flag(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +136,11 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
         DecodeConfig(method=flags.method, **given)
     except (KeyError, ValueError) as error:
         raise UsageError(str(error.args[0])) from error
-    return {"method": flags.method, **given}
+    texts = {name: getattr(flags, name) for name in TEXTS if getattr(flags, name)}
+    for name, values in texts.items():
+        if not all(map(str.strip, values)):
+            raise UsageError(f"--{name}={min(values, key=str.strip)!r} is empty: give a text, or leave it out")
+    return {"method": flags.method, **given, **texts}
 
 
 def open_session(flags: argparse.Namespace):

@@ -13,6 +13,10 @@ def run(arguments: list[str]) -> int:
     if not flags.text.strip():
         raise UsageError("the text is empty")
     options = decoding_flags.decode_options(flags)
+    if bool(flags.phrase) != (flags.method == "constrained_beam"):
+        raise UsageError("--phrase and --method constrained_beam belong together: give both, or neither")
+    if flags.phrase:
+        options["phrases"] = [flags.phrase]
     shots = shot_flags.read_shots(flags)
     session = decoding_flags.open_session(flags)
     languages = decoding_flags.languages(session, flags)
@@ -40,6 +44,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         epilog='example: mlm generate "Good morning" --run_dir runs/quickstart --to fr --method beam --beams 4',
     )
     parser.add_argument("text", help="what the model reads")
+    parser.add_argument(
+        "--phrase",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="constrained_beam: what the result must hold; may be given several times",
+    )
     decoding_flags.add_language_flags(parser)
     parser.add_argument(
         "--scores",

@@ -12,6 +12,7 @@ in nats (for beam search over its length penalty).
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -28,6 +29,8 @@ from mlm.cli.main import Failed, UsageError
 Record = dict[str, Any]
 Decode = Callable[[list[int], list[str]], list[Record]]  # line numbers, texts -> what a record holds beside them
 
+EMPTY = "empty line"
+
 
 def run(arguments: list[str]) -> int:
     """Exit code 0 when every line has its record, also where that record is an error."""
@@ -37,6 +40,9 @@ def run(arguments: list[str]) -> int:
     options = decoding_flags.decode_options(flags)
     if flags.input != "-" and not Path(flags.input).is_file():
         raise UsageError(f"--input={flags.input} is no file")
+    if (flags.constraints is not None) != (flags.method == "constrained_beam"):
+        raise UsageError("--constraints and --method constrained_beam belong together: give both, or neither")
+    asked = None if flags.constraints is None else _Constraints(Path(flags.constraints), flags.input)
     shots = shot_flags.read_shots(flags)
     session = decoding_flags.open_session(flags)
     languages = decoding_flags.languages(session, flags)
@@ -49,25 +55,32 @@ def run(arguments: list[str]) -> int:
         "vocabulary": session.vocabulary.digest,
         **languages,
         **options,
+        **({} if asked is None else {"constraints": asked.digest}),
         **({} if chooser is None else {"choose": _choice(chooser, session)}),
         **(shots.settings if shots else {}),
     }
+
+    from mlm.session.phrases import held  # TensorFlow loads behind what is said of the flags
 
     rates = Rates()
 
     def decode(numbers: list[int], texts: list[str]) -> list[Record]:
         results: list[Record] = [{} for _ in texts]
-        sources, places = [], []
+        sources, places, phrases = [], [], []
         for place, text in enumerate(texts):
             try:
                 prompt = shots.prompt(session, text, numbers[place], languages) if shots else text
-                sources += session.encode(prompt, **languages)
+                (source,) = session.encode(prompt, **languages)
+                if asked is not None:
+                    phrases.append(held(session, asked.of(numbers[place]), source, **languages, **options))
+                sources.append(source)
                 places.append(place)
             except ValueError as error:
                 results[place] = {"error": str(error)}
         # The line's number is the source of its randomness, so that a resumed run draws what the first one would have.
         ids = [numbers[place] for place in places]
-        found = session.decode(sources, **languages, ids=ids, choose=chooser, **options)
+        told = {} if asked is None else {"phrases": phrases}
+        found = session.decode(sources, **languages, ids=ids, choose=chooser, **told, **options)
         rates.tokens += sum(len(best[0].tokens) for best in found if best)
         rates.passes += sum(best[0].passes for best in found if best)
         for place, source, best in zip(places, sources, found, strict=True):
@@ -136,6 +149,39 @@ def infer(
     return counts
 
 
+class _Constraints:
+    """A file of a line for every line of the input: phrases that its result must hold, tabs between them."""
+
+    def __init__(self, path: Path, source: str):
+        if not path.is_file():
+            raise UsageError(f"--constraints={path} is no file")
+        if source == "-":
+            raise UsageError("--constraints goes line by line with a file: give --input=FILE in place of -")
+        own, wanted = _count(path), _count(Path(source))
+        if own != wanted:
+            raise UsageError(
+                f"--constraints={path} has {own} lines and --input={source} has {wanted}: line {min(own, wanted) + 1} "
+                "is in one of them only; give a line for each, an empty one where a result need hold nothing"
+            )
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self._lines = self._numbered(path)
+
+    def of(self, number: int) -> list[str]:
+        """The phrases of this line; lines come in order. Raises ValueError for what is no text or an empty phrase."""
+        raw = next(line for own, line in self._lines if own == number)
+        text, error = read_line(raw)
+        if error == EMPTY:
+            return []
+        if error:
+            raise ValueError(f"its phrases: {error}")
+        return text.split("\t")
+
+    @staticmethod
+    def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+        with open(path, "rb") as file:
+            yield from enumerate(file, 1)
+
+
 class Rates:
     """Lines and tokens a second since it was made, and tokens that a pass of the decoder confirms, as a text."""
 
@@ -158,7 +204,7 @@ def read_line(raw: bytes) -> tuple[str, str | None]:
     except UnicodeDecodeError as error:
         reason = f"not valid UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
         return raw.decode("utf-8", "backslashreplace"), reason
-    return text, None if text.strip() else "empty line"
+    return text, None if text.strip() else EMPTY
 
 
 def _chunks(lines: Iterator[tuple[int, bytes]], decode: Decode, size: int) -> Iterator[list[Record]]:
@@ -275,6 +321,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--input", required=True, metavar="FILE|-", help="text, one example a line, UTF-8; -: stdin")
     parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="where the records go")
+    parser.add_argument(
+        "--constraints",
+        metavar="FILE",
+        help="constrained_beam: a line for each of the input, phrases that its result must hold, tabs between them",
+    )
     parser.add_argument("--chunk", type=int, default=256, metavar="N", help="lines between two writes (default 256)")
     parser.add_argument("--overwrite", action="store_true", help="start anew, whatever the output holds")
     decoding_flags.add_language_flags(parser)

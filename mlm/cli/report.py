@@ -157,7 +157,9 @@ def _held_out(session: Any, tasks: Sequence[str], split: str) -> list[Batch]:
     remaining = list(tasks)
     for draw in range(GAPS_DRAWN):
         examples, language = [], {}
-        for name, found in examples_once(remaining, split, session.vocabulary, lengths, SEED + draw, EXAMPLES):
+        for name, found in examples_once(
+            remaining, split, session.vocabulary, lengths, SEED + draw, EXAMPLES, session.own_template
+        ):
             examples += found
             language[name] = {example.language for example in found}
         made = list(packed_batches(examples, lengths, rows))
@@ -195,6 +197,7 @@ def _token_counts(session: Any) -> tuple[dict[int, np.ndarray], float]:
             targets_length=data["targets_length"],
             batch_size=ROWS,
             vocabulary=str(session.run / data["vocabulary"]),
+            template=session.own_template,
         )
     )
 

@@ -2,40 +2,40 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from mlm.evaluation.report import FillIn, Translation
 
 GAPS_SHOWN = 4  # of a fill-in
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
+_TAGS = re.compile(r"^(<2[A-Za-z0-9-]+>)+|(<2[A-Za-z0-9-]+>)+$")
 
 
 def sample(
     session: Any, fresh: Any, tasks: Sequence[str], codes: Sequence[str], split: str
 ) -> tuple[list[Translation], list[FillIn]]:
-    """One held-out example a task of each of the languages, decoded by the trained and the fresh parameters."""
+    """One held-out example a task of each of the languages, decoded by the trained and the fresh parameters; none for a
+    decoder alone, which does not read sources.
+    """
     from mlm.data.languages import LANGUAGES
     from mlm.data.once import examples_once
     from mlm.data.recipes import Lengths
-    from mlm.session import Source
 
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
     names = _shown_tasks(tasks, [code for code in codes if code != "en"])
-    found = {n: es for n, es in examples_once(names, split, session.vocabulary, lengths, limit=50) if es}
-    examples = {name: _typical(session, found[name]) for name in names if name in found}
-    sources = [Source([int(token) for token in e.inputs], False) for e in examples.values()]
-    if not sources:
+    read = examples_once(names, split, session.vocabulary, lengths, limit=50, template=session.own_template)
+    found = {name: examples for name, examples in read if examples}
+    examples = [_typical(session, found[name]) for name in names if name in found]
+    if not examples or session.config.encoder is None:
         return [], []
-    languages = [e.language for e in examples.values()]
-    both = (model.decode(sources, languages=languages) for model in (fresh, session))
-    before, after = ([best[0].text for best in found] for found in both)
+    before, after = (_written(model, examples) for model in (fresh, session))
     translations, fill_ins = [], []
-    for example, *written in zip(examples.values(), before, after, strict=True):
+    for example, *written in zip(examples, before, after, strict=True):
         text, reference = (session.vocabulary.decode(side.tolist()) for side in (example.inputs, example.targets))
         source, target = LANGUAGES[example.inputs_language].code, LANGUAGES[example.language].code
         if source != target:
-            tag = f"<2{target}>"
-            plain = [t.removeprefix(tag).strip() for t in (text, reference, *written)]
+            plain = [_TAGS.sub("", t).strip() for t in (text, reference, *written)]
             translations.append(Translation(source, target, *plain))
         elif "<extra_id_0>" in text:
             fill_ins.append(fill_in(target, text, reference, *written))
@@ -56,6 +56,17 @@ def _shown_tasks(tasks: Sequence[str], codes: Iterable[str]) -> list[str]:
                 by_pair.setdefault((units.inputs_language, units.language), name)
     wanted = [pair for code in codes for pair in (("en", code), (code, "en"), (code, code))]
     return [by_pair[pair] for pair in wanted if pair in by_pair]
+
+
+def _written(model: Any, examples: Sequence[Any]) -> list[str]:
+    """What the model writes greedily, without the language tokens that it was given to begin with."""
+    from mlm.data.evaluator import forced_beginning
+    from mlm.session.evaluating import Predictions, told
+
+    prompts = [forced_beginning(e.targets, model.vocabulary) for e in examples]
+    write = Predictions(partial(model.generator, "greedy", {}), model.params)
+    found = write([e.inputs for e in examples], prompts, list(map(told, examples)))
+    return [model.vocabulary.decode(row[len(p) :].tolist()) for row, p in zip(found, prompts, strict=True)]
 
 
 def _typical(session: Any, examples: Sequence[Any]) -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,9 @@ class Plan:
     """A whole training run as values. gin name: `run`.
 
     optimizer: (parameter axes, shapes) -> optimizer; schedule: step -> learning rate. evaluation_rows: held-out rows
-    of every evaluation. initial: a run directory whose parameters this run begins with. report: write report.html when
-    complete, and let the exit code say whether it passed.
+    of every evaluation. initial: a run directory whose parameters this run begins with; where that is a published
+    model's, its way of writing sources stays. report: write report.html when complete, and let the exit code say
+    whether it passed.
     """
 
     model: Any
@@ -99,6 +101,7 @@ def bind_all() -> None:
     from mlm.data.pipeline import DataConfig
     from mlm.models.presets import preset
     from mlm.models.specs import PositionSpec, RouterSpec, SeqPESpec
+    from mlm.objectives.any_order import AnyOrder
     from mlm.parallel import MeshConfig
     from mlm.training.loop import LoopConfig
     from mlm.training.optimizers import make_optimizer
@@ -113,6 +116,7 @@ def bind_all() -> None:
         "seqpe": SeqPESpec,
         "data": DataConfig,
         "train": TrainConfig,
+        "any_order": AnyOrder,
         "optimizer": make_optimizer,
         "schedule": make_schedule,
         "mesh": MeshConfig,
@@ -141,7 +145,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
     """Builds everything, checks it before compiling, restores what is there, trains, and reports."""
     import jax
 
-    from mlm.checkpoints import Checkpointer
+    from mlm.checkpoints import Checkpointer, CheckpointError
     from mlm.checkpoints.run_directory import RunDirectory
     from mlm.data.languages import LANGUAGES
     from mlm.data.pipeline import BatchIterator
@@ -158,15 +162,16 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         mesh = make_mesh(plan.mesh)
         trainer = Trainer(plan.model, plan.train, plan.optimizer, mesh, len(LANGUAGES))
         trainer.check_batch(plan.data.batch_size)
+        _check_warmup(plan)
         layout = data_layout(mesh)
         directory = RunDirectory(plan.run_dir)
-        data = _vocabulary_of_the_run(plan.data, directory)
+        data = _data_of_the_run(plan, directory)
         with screen.working("preparing the data …"):
             load_tasks(*plan.task_modules)
             rows = BatchIterator(data, layout.index, layout.count)
             held_out = _held_out(plan, data, layout)
         _check_vocabulary(plan, rows.vocabulary)
-    except (ValueError, KeyError, FileNotFoundError) as error:
+    except (ValueError, KeyError, FileNotFoundError, CheckpointError) as error:
         raise UsageError(str(error.args[0]) if isinstance(error, KeyError) else str(error)) from error
 
     count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract.params))
@@ -274,13 +279,22 @@ def _command() -> list[str]:
     return [shlex.quote(argument) for argument in sys.argv[2:]]
 
 
-def _vocabulary_of_the_run(data: Any, directory: Any) -> Any:
-    """The data config reading the run directory's own vocabulary file, which is copied there by the first start.
+def _data_of_the_run(plan: Plan, directory: Any) -> Any:
+    """The data config with what belongs to the run: the vocabulary file in its directory, copied there by the first
+    start, and the template, at first that of the run `initial`.
 
-    A run that already has one must be continued with the same: raises ValueError naming both hashes.
+    A run that already has a vocabulary must be continued with the same: raises ValueError naming both hashes.
     """
+    from mlm.checkpoints import Checkpointer
+    from mlm.checkpoints.run_directory import RunDirectory
+    from mlm.data.templates import Template
     from mlm.data.vocabulary import check_same_vocabulary, load_vocabulary
 
+    data = plan.data
+    begun = Checkpointer(str(directory.checkpoints), read_only=True).latest()
+    origin = directory if begun else plan.initial and RunDirectory(plan.initial)
+    if origin:
+        data = dataclasses.replace(data, template=Template.of_run(origin.read_json("data.json")))
     configured = data.load_vocabulary()
     own = next((p for p in (directory / "vocabulary.model", directory / "vocabulary.json") if p.exists()), None)
     if own is not None:
@@ -289,6 +303,18 @@ def _vocabulary_of_the_run(data: Any, directory: Any) -> Any:
         )
         return dataclasses.replace(data, vocabulary=str(own))
     return data
+
+
+def _check_warmup(plan: Plan) -> None:
+    """Raises ValueError for fresh parameters with norms behind the residuals, as in BERT, at a full learning rate from
+    the first step: these diverge (Xiong et al. 2020), unless DeepNorm's constants hold them.
+    """
+    bare = [n for n, s in plan.model.stacks().items() if s.residual.order == "post" and s.residual.alpha == 1.0]
+    if bare and plan.initial is None and float(plan.schedule(0)) >= float(plan.schedule(1)):
+        raise ValueError(
+            f"{', '.join(bare)}: norms after each residual, without DeepNorm's constants, need a learning rate that "
+            "warms up, and this schedule does not rise: set schedule.warmup_steps (4,000 in Vaswani et al. 2017)"
+        )
 
 
 def _check_vocabulary(plan: Plan, vocabulary: Any) -> None:
@@ -370,18 +396,30 @@ def _describe_run(plan: Plan, directory: Any, trainer: Any, rows: Any, config_te
         temporary = Path(f"{directory / name}.tmp")
         rows.vocabulary.save(temporary)
         temporary.replace(directory / name)
-    directory.write_json(
-        "data.json",
-        {
-            "mixture": plan.data.mixture,
-            "inputs_length": plan.data.inputs_length,
-            "targets_length": plan.data.targets_length,
-            "vocabulary": name,
-            "vocabulary_digest": rows.vocabulary.digest,
-            "evaluation_split": plan.evaluation_split,
-            "task_modules": list(plan.task_modules),
-        },
-    )
+    data = {
+        "mixture": plan.data.mixture,
+        "inputs_length": plan.data.inputs_length,
+        "targets_length": plan.data.targets_length,
+        "vocabulary": name,
+        "vocabulary_digest": rows.vocabulary.digest,
+        "evaluation_split": plan.evaluation_split,
+        "task_modules": list(plan.task_modules),
+    }
+    template = rows.config.template
+    directory.write_json("data.json", data if template is None else {**data, "template": template.to_json()})
+    if plan.initial and not start:
+        _keep_origin(Path(plan.initial).expanduser(), directory)
+
+
+def _keep_origin(initial: Path, directory: Any) -> None:
+    """What `mlm convert to-hf` gives back of the published model that the run began with: the same model and vocabulary
+    still.
+    """
+    for name in ("published.json", "tokenizer"):
+        if (initial / name).is_dir():
+            shutil.copytree(initial / name, directory / name, dirs_exist_ok=True)
+        elif (initial / name).exists():
+            shutil.copyfile(initial / name, directory / name)
 
 
 def _report(plan: Plan, directory: Any, step: int) -> int:

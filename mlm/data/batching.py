@@ -4,7 +4,7 @@ TensorFlow.
 Packing is first fit over a few open rows: an example goes to the oldest open row with room for both its source and its
 target; when none has room, the oldest row is closed. A token's segment number says which example of its row it belongs
 to, positions start again in every segment, and the decoder's input is the target shifted right inside its segment,
-starting with the padding id.
+starting with the padding id, or with what the example says.
 
 The rows that are still open are part of the state, so a restored packer goes on exactly where the saved one stood.
 """
@@ -23,13 +23,16 @@ OPEN_ROWS = 8  # more of them fill rows better and make the saved state larger
 
 
 class Example(NamedTuple):
-    """One preprocessed example: token ids with their end-of-sequence, and the ids of its languages and task."""
+    """One preprocessed example: token ids with their end-of-sequence, and the ids of its languages and task. start:
+    what the decoder reads first; the padding id: the model's own start token.
+    """
 
     inputs: np.ndarray  # int32 [n]
     targets: np.ndarray  # int32 [m]
     language: int  # of the targets
     task: int
     inputs_language: int
+    start: int = PAD_ID
 
 
 class Rows(NamedTuple):
@@ -129,7 +132,10 @@ def assemble(rows: Sequence[Sequence[Example]], inputs_length: int, targets_leng
             [e.targets for e in examples], row_of, first_of_row, segment, languages[1], task, len(rows), targets_length
         ),
     )
-    return _features(*sides)
+    batch = _features(*sides)
+    first = (batch["decoder_positions"] == 0) & (batch["decoder_segment_ids"] > 0)
+    batch["decoder_input_tokens"][first] = [e.start for e in examples if len(e.targets)]
+    return batch
 
 
 def _fill(tokens, row_of, first_of_row, segment, language, task, rows, length) -> dict[str, np.ndarray]:
@@ -190,7 +196,7 @@ def rows_to_arrays(rows: Rows) -> dict[str, np.ndarray]:
         "rows": np.array([len(row) for row in every], np.int32),
         "tokens": np.concatenate([*tokens, np.zeros(0, np.int32)]).astype(np.int32),
         "lengths": np.array([len(t) for t in tokens], np.int32),
-        "ids": np.array([[e.language, e.task, e.inputs_language] for e in examples], np.int32).reshape(-1, 3),
+        "ids": np.array([e[2:] for e in examples], np.int32).reshape(-1, len(Example._fields) - 2),
     }
 
 

@@ -14,8 +14,10 @@ import numpy as np
 
 from mlm.data.batching import Example, Packer
 from mlm.data.once import SEED, examples_once
+from mlm.data.readers import in_template
 from mlm.data.recipes import Lengths, with_vocabulary
 from mlm.data.registration import get, mixture_rates
+from mlm.data.templates import Template
 from mlm.data.tensorflow import seqio, tf
 from mlm.data.vocabulary import Vocabulary
 
@@ -46,13 +48,19 @@ def task_names(name: str, split: str) -> list[str]:
 
 
 def read_examples(
-    names: Sequence[str], vocabulary: Vocabulary, lengths: Lengths, split: str, num_examples: int | None = None
+    names: Sequence[str],
+    vocabulary: Vocabulary,
+    lengths: Lengths,
+    split: str,
+    num_examples: int | None = None,
+    template: Template | None = None,
 ) -> Iterator[tuple[str, list[Example]]]:
     """(task, its examples): the same at every evaluation. num_examples: the first ones of each task; None: all.
+    template: of a run that has its own.
 
     Raises ValueError for a task whose split holds no example.
     """
-    for name, examples in examples_once(names, split, vocabulary, lengths, limit=num_examples):
+    for name, examples in examples_once(names, split, vocabulary, lengths, limit=num_examples, template=template):
         if not examples:
             raise ValueError(f"task {name!r} has no example in its {split} split")
         yield name, examples
@@ -67,9 +75,12 @@ def compute_metrics(
     score: Score,
     split: str = "validation",
     num_examples: int | None = None,
+    template: Template | None = None,
 ) -> Outcome:
-    """The metrics of one task; none, and nothing decoded, for a task without metric functions."""
-    task = with_vocabulary(get(name), vocabulary)
+    """The metrics of one task; none, and nothing decoded, for a task without metric functions. template: of a run that
+    has its own.
+    """
+    task = with_vocabulary(in_template(get(name), template), vocabulary)
     if not task.metric_fns and not task.metric_objs:
         return Outcome({}, [])
     with _quiet(), _registered(task) as registered:

@@ -9,12 +9,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 
 from mlm.data.batching import Example
-from mlm.data.readers import check_features, is_unit_task, to_example
-from mlm.data.recipes import Lengths, compile_recipe, with_vocabulary
+from mlm.data.readers import check_features, in_template, is_unit_task, to_example
+from mlm.data.recipes import Lengths, Units, compile_recipe, with_vocabulary
 from mlm.data.registration import get
 from mlm.data.sources import TableSource
+from mlm.data.templates import Template
 from mlm.data.tensorflow import seqio
 from mlm.data.vocabulary import Vocabulary
+from mlm.types import PAD_ID
 
 SEED = 42  # of the noise; the same examples at every evaluation
 UNITS_AT_ONCE = 512
@@ -27,13 +29,14 @@ def examples_once(
     lengths: Lengths,
     seed: int = SEED,
     limit: int | None = None,
+    template: Template | None = None,
 ) -> Iterator[tuple[str, list[Example]]]:
     """(task name, its examples) for each of `names` in order; an example's task id is the place of its name, from 1.
 
-    limit: the first so many examples of each task. Raises KeyError for an unknown name, ValueError for a split that it
-    does not have.
+    limit: the first so many examples of each task. template: of a run that has its own (`in_template`). Raises KeyError
+    for an unknown name, ValueError for a split that it does not have.
     """
-    tasks = {number: _task(name, split) for number, name in enumerate(names, start=1)}
+    tasks = {number: in_template(_task(name, split), template) for number, name in enumerate(names, start=1)}
     waiting: list[int] = []
     units = 0
     for number, task in tasks.items():
@@ -81,6 +84,8 @@ def _read(tasks, numbers, split, vocabulary, lengths, seed, limit) -> dict[int, 
                 seeds.append((seed << 32 | zlib.crc32(tasks[number].name.encode()), first))
         results = compile_recipe(recipe, vocabulary, lengths)([tasks[n].preprocessors[0] for n in owners], units, seeds)
         for number, examples in zip(owners, results, strict=True):
-            language, source = tasks[number].preprocessors[0].language_ids
-            found.setdefault(number, []).extend(Example(i, t, language, number, source) for i, t in examples)
+            own: Units = tasks[number].preprocessors[0]
+            language, source = own.language_ids
+            start = own.around(vocabulary).start or PAD_ID
+            found.setdefault(number, []).extend(Example(i, t, language, number, source, start) for i, t in examples)
     return {number: examples[:limit] for number, examples in found.items()}

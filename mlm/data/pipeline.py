@@ -30,9 +30,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mlm.data.batching import Example, Packer, Rows, arrays_to_rows, rows_to_arrays
-from mlm.data.readers import Place, Reader, fetch, is_unit_task, make_reader
+from mlm.data.readers import Place, Reader, fetch, in_template, is_unit_task, make_reader
 from mlm.data.recipes import Denoising, Lengths
 from mlm.data.registration import default_vocabulary, get, mixture_rates
+from mlm.data.templates import Template
 from mlm.data.tensorflow import seqio
 from mlm.data.vocabulary import Vocabulary, load_vocabulary
 from mlm.sampling import stages
@@ -47,7 +48,8 @@ class DataConfig:
     mixture: a registered mixture or task. batch_size: global rows. inputs_length, targets_length: tokens of a row.
     shards: virtual data shards; the most processes that can share the reading. vocabulary: path of a vocabulary file,
     or "bytes"; None: the tasks' default. stages: ((progress, mixture), …): from that share of `steps` on, rates are
-    those of another mixture, e.g. ((0.0, "all"), (0.8, "clean")); overrides `mixture`.
+    those of another mixture, e.g. ((0.0, "all"), (0.8, "clean")); overrides `mixture`. template: how sources and
+    targets are framed, in place of what the tasks say: that of the published model that a run began with.
     """
 
     mixture: str
@@ -61,6 +63,7 @@ class DataConfig:
     vocabulary: str | None = None
     stages: tuple[tuple[float, str], ...] = ()
     steps: int | None = None
+    template: Template | None = None
 
     def __post_init__(self):
         for name in ("inputs_length", "targets_length", "batch_size", "shards"):
@@ -105,7 +108,7 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         self.vocabulary = config.load_vocabulary()
         self.rates = Rates(config)
         self.tasks = self.rates.tasks
-        _check_lengths(self.tasks, self.vocabulary, config.lengths)
+        _check_tasks(self.tasks, self.vocabulary, config)
         self.batch = 0
         local = config.shards // process_count
         self._shards = [_Shard(self, s) for s in range(process_index * local, (process_index + 1) * local)]
@@ -145,12 +148,18 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
         return self
 
 
-def _check_lengths(tasks: Sequence[str], vocabulary: Vocabulary, lengths: Lengths) -> None:
-    """Raises ValueError when what a task hides does not fit into its targets; later TensorFlow would say so."""
-    providers = [seqio.TaskRegistry.get(name) for name in tasks]
-    for rule in {p.preprocessors[0].recipe.examples for p in providers if is_unit_task(p)}:
-        if isinstance(rule, Denoising):
-            rule.fit(vocabulary, lengths)
+def _check_tasks(tasks: Sequence[str], vocabulary: Vocabulary, config: DataConfig) -> None:
+    """Raises ValueError when what a task hides does not fit into its targets, and what `in_template` and `Units.around`
+    raise; later TensorFlow would say so.
+    """
+    fitted = set()
+    for task in (in_template(seqio.TaskRegistry.get(name), config.template) for name in tasks):
+        if not is_unit_task(task):
+            continue
+        around, rule = task.preprocessors[0].around(vocabulary), task.preprocessors[0].recipe.examples
+        if isinstance(rule, Denoising) and rule not in fitted:
+            rule.fit(vocabulary, config.lengths, around)
+            fitted.add(rule)
 
 
 class Rates:
@@ -223,7 +232,7 @@ class _Shard:
     def _reader(self, task: int) -> Reader:
         if task not in self._readers:
             c = self.config
-            provider = seqio.TaskRegistry.get(self.owner.tasks[task])
+            provider = in_template(seqio.TaskRegistry.get(self.owner.tasks[task]), c.template)
             self._readers[task] = make_reader(
                 provider, task + 1, c.split, self.number, c.shards, c.seed, c.lengths, self.owner.vocabulary
             )
@@ -237,6 +246,7 @@ class _Shard:
                 "tasks": f"{len(self.owner.tasks)} ({tasks:08x})",
                 "vocabulary": self.owner.vocabulary.digest[:16],
                 **{k: getattr(c, k) for k in ("split", "seed", "shards", "inputs_length", "targets_length", "pack")},
+                **({"template": str(c.template)} if c.template else {}),
             },
             sort_keys=True,
         )

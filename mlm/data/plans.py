@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from mlm.data import noise
 from mlm.data.rows import cut, frame
+from mlm.data.templates import PLAIN, Frame
 from mlm.data.tensorflow import tf
 from mlm.data.vocabulary import Vocabulary
 from mlm.registry import Registry
@@ -35,12 +36,20 @@ class Plan(NamedTuple):
         return cut(documents.flat_values, self.length)
 
     def examples(
-        self, pieces: tf.RaggedTensor, seed: tf.Tensor, vocabulary: Vocabulary
+        self, pieces: tf.RaggedTensor, seed: tf.Tensor, vocabulary: Vocabulary, around: Frame = PLAIN
     ) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
-        """pieces int32 [pieces, tokens], seed int64 [2] -> (inputs, targets) of each piece, each ending in </s>."""
+        """pieces int32 [pieces, tokens], seed int64 [2] -> (inputs, targets) of each piece, targets ending in </s>.
+
+        around: what stands around the inputs and before the targets; what of it is more than an </s> comes on top of
+        the plan's lengths.
+        """
         inputs, targets = self.rule.graph(vocabulary)(pieces, seed)
-        first = [vocabulary.special(self.prefix)] if self.prefix else None
-        return frame(inputs, self.inputs_length, first), frame(targets, self.targets_length)
+        more = len(around.before) + len(around.after) - 1
+        first = [*around.before, *([vocabulary.special(self.prefix)] if self.prefix else [])]
+        return (
+            frame(inputs, self.inputs_length + more, first, around.after),
+            frame(targets, self.targets_length + len(around.prompt), around.prompt),
+        )
 
 
 def span_corruption(

@@ -13,6 +13,7 @@ kept as the bytes of its checkpoint; a restored reader reads the block again. So
 snapshot costs microseconds.
 """
 
+import dataclasses
 import functools
 import zlib
 from collections import deque
@@ -24,8 +25,10 @@ import numpy as np
 from mlm.data.batching import Example
 from mlm.data.recipes import Lengths, Units, compile_recipe, with_vocabulary
 from mlm.data.sources import TableSource
+from mlm.data.templates import Template
 from mlm.data.tensorflow import seqio, tf
 from mlm.data.vocabulary import Vocabulary
+from mlm.types import PAD_ID
 
 BLOCK_RECORDS = 256  # of a source that is read in order: what is shuffled together
 BLOCK_EXAMPLES = 64  # of a SeqIO task with its own pipeline
@@ -182,7 +185,8 @@ class ExampleReader(Reader):
 def to_example(record: dict[str, np.ndarray], task: int) -> Example:
     """One example of a SeqIO dataset, in NumPy, as a packer takes it."""
     language = int(record["language"])
-    return Example(record["inputs"], record["targets"], language, task, int(record.get("inputs_language", language)))
+    own, start = (int(record.get(name, other)) for name, other in (("inputs_language", language), ("start", PAD_ID)))
+    return Example(record["inputs"], record["targets"], language, task, own, start)
 
 
 def check_features(task: seqio.Task, features) -> None:
@@ -260,6 +264,26 @@ def is_unit_task(task: seqio.Task) -> bool:
     return len(task.preprocessors) == 1 and isinstance(task.preprocessors[0], Units)
 
 
+def in_template(task: seqio.Task, template: Template | None) -> seqio.Task:
+    """The task as a run with a template of its own reads and writes it. What preprocessors of other kinds than a recipe
+    write stays as it is.
+
+    Raises ValueError for one of these where the template sets what the decoder reads first: it has no way to say so.
+    """
+    if template is None:
+        return task
+    if is_unit_task(task):
+        units = task.preprocessors[0]
+        recipe = dataclasses.replace(units.recipe, template=template)
+        return task.replace(preprocessors=[dataclasses.replace(units, recipe=recipe)])
+    if template.start:
+        raise ValueError(
+            f"task {task.name!r} has preprocessors of its own, which cannot tell the decoder of this run to begin with "
+            f"{template.start} ({template}); make it from a recipe (mlm.data.registration.add_task)"
+        )
+    return task
+
+
 def fetch(readers: Sequence[Reader], needed: Sequence[int], vocabulary: Vocabulary, lengths: Lengths) -> None:
     """Makes sure that each reader holds `needed` examples. Units of one recipe go through its graph together.
 
@@ -292,4 +316,5 @@ def _fetch_units(recipe, asked: Sequence[tuple[UnitReader, int]], vocabulary: Vo
     results = compile_recipe(recipe, vocabulary, lengths)([reader.units for reader in tasks], units, seeds)
     for reader, examples in zip(tasks, results, strict=True):
         language, source = reader.units.language_ids
-        reader.receive([Example(i, t, language, reader.number, source) for i, t in examples])
+        start = reader.units.around(vocabulary).start or PAD_ID
+        reader.receive([Example(i, t, language, reader.number, source, start) for i, t in examples])

@@ -18,9 +18,12 @@ from mlm.data.languages import language_id
 from mlm.data.plans import PLANS
 from mlm.data.preprocessors import clean
 from mlm.data.rows import frame
+from mlm.data.templates import FROM, PLACES, PLAIN, TO, Frame, Template
 from mlm.data.tensorflow import seqio, tf
 from mlm.data.vocabulary import Vocabulary
+from mlm.types import PAD_ID
 
+UNTOLD = Template()  # the text and its end, no language
 THREADS = 2  # of the shared graphs; the order of their results does not depend on it
 
 
@@ -35,17 +38,16 @@ class Lengths(NamedTuple):
 class Recipe:
     """records: how many records make a unit; columns: their string features.
 
-    examples(unit, seed, vocabulary, lengths) is graph code: unit holds each column as strings [records] and each
-    constant as an int32 scalar; seed is int64 [2] for stateless random ops; returns ragged int32 tensors `inputs` and
-    `targets` [examples, tokens]. constants(units, vocabulary) gives the numbers that differ between tasks, such as
-    language tokens.
+    examples(unit, seed, vocabulary, lengths, around) is graph code: unit holds each column as strings [records]; seed
+    is int64 [2] for stateless random ops; around is what the template makes of the task's languages; returns ragged
+    int32 tensors `inputs` and `targets` [examples, tokens]. template: that of a run takes its place (`in_template`).
     """
 
     name: str
     records: int
     columns: tuple[str, ...]
     examples: Callable[..., dict[str, tf.RaggedTensor]]
-    constants: Callable[["Units", Vocabulary], dict[str, int]] = lambda units, vocabulary: {}
+    template: Template = UNTOLD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +71,31 @@ class Units:
         """Ids of the languages of targets and inputs."""
         return language_id(self.language), language_id(self.inputs_language)
 
+    def tokens(self, vocabulary: Vocabulary) -> dict[str, int]:
+        """Ids of the language tokens that the template asks for: what differs between tasks of one recipe.
+
+        Raises KeyError for a language that the vocabulary has no token for.
+        """
+        codes = {FROM: self.inputs_language, TO: self.language}
+        return {name: vocabulary.language_token(codes[name]) for name in self.recipe.template.asks_for}
+
+    def around(self, vocabulary: Vocabulary) -> Frame:
+        """What stands around inputs and before targets. Raises KeyError as `tokens` does."""
+        return self.recipe.template.ids(vocabulary, self.tokens(vocabulary))
+
     def __call__(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         assert self.output_features is not None, "SeqIO gives a task's features to its preprocessors"
         vocabulary = self.output_features["targets"].vocabulary
         lengths = lengths_of(self.sequence_length)
-        constants = {name: tf.constant(value) for name, value in self.recipe.constants(self, vocabulary).items()}
+        around = self.around(vocabulary)
         language, inputs_language = self.language_ids
 
         @seqio.map_over_dataset(num_seeds=1)
         def process(unit, seed):
-            examples = self.recipe.examples({**unit, **constants}, tf.cast(seed, tf.int64), vocabulary, lengths)
+            examples = self.recipe.examples(unit, tf.cast(seed, tf.int64), vocabulary, lengths, around)
             count = examples["targets"].nrows()
             ids = {"language": language, "inputs_language": inputs_language, "task": self.task}
+            ids["start"] = around.start or PAD_ID
             examples |= {name: tf.fill([count], tf.constant(value, tf.int32)) for name, value in ids.items()}
             if self.recipe.records == 1:
                 for name in self.recipe.columns:
@@ -138,24 +153,24 @@ def compile_recipe(recipe: Recipe, vocabulary: Vocabulary, lengths: Lengths) -> 
     options.experimental_optimization.apply_default_optimizations = False
 
     @tf.function(reduce_retracing=True)
-    def graph(records, splits, constants, seeds):
+    def graph(records, splits, tokens, seeds):
         def one(i):
             unit = {name: strings[splits[i] : splits[i + 1]] for name, strings in records.items()}
-            unit |= {name: values[i] for name, values in constants.items()}
-            return recipe.examples(unit, seeds[i], vocabulary, lengths)
+            around = recipe.template.ids(vocabulary, {name: values[i] for name, values in tokens.items()})
+            return recipe.examples(unit, seeds[i], vocabulary, lengths, around)
 
         count = tf.shape(seeds, tf.int64)[0]
         dataset = tf.data.Dataset.range(count).map(one, num_parallel_calls=THREADS, deterministic=True)
         return dataset.ragged_batch(count).with_options(options).get_single_element()
 
     @functools.cache
-    def constants(units: Units) -> dict[str, int]:
-        return recipe.constants(units, vocabulary)
+    def tokens(units: Units) -> dict[str, int]:
+        return units.tokens(vocabulary)
 
     def process(tasks, units, seeds):
         splits = np.cumsum([0, *(len(unit[recipe.columns[0]]) for unit in units)])
         records = {name: tf.constant([r for u in units for r in u[name]], tf.string) for name in recipe.columns}
-        numbers = [constants(task) for task in tasks]
+        numbers = [tokens(task) for task in tasks]
         values = {name: tf.constant([n[name] for n in numbers], tf.int32) for name in numbers[0]}
         result = graph(records, tf.constant(splits), values, tf.constant(seeds, tf.int64))
         inputs, targets = _split(result["inputs"]), _split(result["targets"])
@@ -186,68 +201,41 @@ class Denoising:
     plan: str
     options: tuple[tuple[str, object], ...] = ()
 
-    def fit(self, vocabulary: Vocabulary, lengths: Lengths):
-        """The plan for these lengths. Raises ValueError when its targets do not fit."""
-        return PLANS[self.plan](vocabulary, *lengths, **dict(self.options))
+    def fit(self, vocabulary: Vocabulary, lengths: Lengths, around: Frame = PLAIN):
+        """The plan for what these lengths leave beside the tokens around. Raises ValueError when its targets do not
+        fit.
+        """
+        inputs = lengths.inputs - (len(around.before) + len(around.after) - 1)
+        return PLANS[self.plan](vocabulary, inputs, lengths.targets - len(around.prompt), **dict(self.options))
 
-    def __call__(self, unit, seed, vocabulary: Vocabulary, lengths: Lengths) -> dict[str, tf.RaggedTensor]:
-        plan = self.fit(vocabulary, lengths)
+    def __call__(
+        self, unit, seed, vocabulary: Vocabulary, lengths: Lengths, around: Frame
+    ) -> dict[str, tf.RaggedTensor]:
+        plan = self.fit(vocabulary, lengths, around)
         texts = clean(unit["text"])
         if not plan.eos:  # nothing marks the end of a document, so that a space must
             texts = tf.strings.reduce_join(texts, separator=" ")[None]
         spec = tf.RaggedTensorSpec([None], tf.int32, row_splits_dtype=tf.int64)
         documents = tf.map_fn(lambda text: encode(text, vocabulary), texts, fn_output_signature=spec)
-        inputs, targets = plan.examples(plan.pieces(documents), seed, vocabulary)
+        inputs, targets = plan.examples(plan.pieces(documents), seed, vocabulary, around)
         return {"inputs": inputs, "targets": targets}
 
 
-def translate_tagged(unit, seed, vocabulary, lengths):
-    """The source with the target's language token in front; the target as it is."""
-    return _pair(unit, vocabulary, lengths, source_first=unit["to"][None])
-
-
-def translate_forced(unit, seed, vocabulary, lengths):
-    """The source as it is; the target with its language token in front, which decoding forces."""
-    return _pair(unit, vocabulary, lengths, target_first=unit["to"][None])
-
-
-def translate_both(unit, seed, vocabulary, lengths):
-    """Source and target each with the token of its own language in front, as NLLB has them."""
-    return _pair(unit, vocabulary, lengths, source_first=unit["from"][None], target_first=unit["to"][None])
-
-
-def rewrite(unit, seed, vocabulary, lengths):
-    """The inputs as they are, the targets as they are."""
-    return _pair(unit, vocabulary, lengths)
-
-
-def _pair(unit, vocabulary, lengths, source_first=None, target_first=None) -> dict[str, tf.RaggedTensor]:
-    """The one example of a unit; none when a side is empty."""
+def pair(unit, seed, vocabulary: Vocabulary, lengths: Lengths, around: Frame) -> dict[str, tf.RaggedTensor]:
+    """The one example of a unit, as the template has it; none when a side is empty."""
     texts = [clean(unit[side][0]) for side in ("inputs", "targets")]
     count = tf.cast(tf.reduce_all([tf.strings.length(text) > 0 for text in texts]), tf.int64)
-    framed = []
-    for text, first, length in zip(texts, (source_first, target_first), lengths, strict=True):
-        row = encode(text, vocabulary)
-        framed.append(frame(tf.RaggedTensor.from_row_lengths(row, [tf.size(row, tf.int64)]), length, first)[:count])
-    return {"inputs": framed[0], "targets": framed[1]}
+    rows = [encode(text, vocabulary) for text in texts]
+    inputs, targets = (tf.RaggedTensor.from_row_lengths(row, [tf.size(row, tf.int64)]) for row in rows)
+    return {
+        "inputs": frame(inputs, lengths.inputs, around.before, around.after)[:count],
+        "targets": frame(targets, lengths.targets, around.prompt)[:count],
+    }
 
 
 def encode(text: tf.Tensor, vocabulary: Vocabulary) -> tf.Tensor:
     """Tokens of one text."""
     return tf.cast(vocabulary.encode_tf(text), tf.int32)
-
-
-def language_tokens(units: Units, vocabulary: Vocabulary) -> dict[str, int]:
-    """Ids of the tokens of both languages. Raises KeyError for a language that the vocabulary has no token for."""
-    return {
-        "to": vocabulary.language_token(units.language),
-        "from": vocabulary.language_token(units.inputs_language),
-    }
-
-
-def target_token(units: Units, vocabulary: Vocabulary) -> dict[str, int]:
-    """Id of the target language's token."""
-    return {"to": vocabulary.language_token(units.language)}
 
 
 def denoising(plan: str = "span_corruption", records: int = 32, **options) -> Recipe:
@@ -261,7 +249,7 @@ def denoising(plan: str = "span_corruption", records: int = 32, **options) -> Re
 
 SPAN_CORRUPTION = denoising()
 PAIR = ("inputs", "targets")
-TRANSLATION = Recipe("translation", 1, PAIR, translate_tagged, target_token)
-FORCED_TRANSLATION = Recipe("forced_translation", 1, PAIR, translate_forced, target_token)
-DOUBLY_TAGGED_TRANSLATION = Recipe("doubly_tagged_translation", 1, PAIR, translate_both, language_tokens)
-REWRITING = Recipe("rewriting", 1, PAIR, rewrite)
+TRANSLATION = Recipe("translation", 1, PAIR, pair, PLACES["source"])
+FORCED_TRANSLATION = Recipe("forced_translation", 1, PAIR, pair, PLACES["target"])
+DOUBLY_TAGGED_TRANSLATION = Recipe("doubly_tagged_translation", 1, PAIR, pair, PLACES["both"])
+REWRITING = Recipe("rewriting", 1, PAIR, pair)

@@ -72,20 +72,23 @@ def cut(values: tf.Tensor, length: int) -> tf.RaggedTensor:
     return tf.RaggedTensor.from_row_splits(values, splits, validate=False)
 
 
-def frame(pieces: tf.RaggedTensor, length: int | None, first: tf.Tensor | Sequence | None = None) -> tf.RaggedTensor:
-    """Each row with `first` (ids [k]) before it and </s> after it, the row cut so that all fits in `length` items.
+def frame(
+    pieces: tf.RaggedTensor, length: int | None, first: Sequence = (), last: Sequence = (EOS_ID,)
+) -> tf.RaggedTensor:
+    """Each row between `first` and `last` (ids, or scalars), itself cut so that all fits in `length` items.
 
     length None: no cut. Raises ValueError when `length` has no room for one item of the row.
     """
-    front = tf.zeros([0], tf.int32) if first is None else tf.convert_to_tensor(first, tf.int32)
-    extra = front.shape[0] + 1
+    extra = len(first) + len(last)
     if length is not None and length <= extra:
-        raise ValueError(f"a length of {length} tokens has no room for text beside {extra - 1} special tokens and </s>")
+        raise ValueError(f"a length of {length} tokens has no room for text beside {extra} special tokens")
     rows = Rows(pieces)
     kept = rows.lengths if length is None else tf.minimum(rows.lengths, length - extra)
     framed = from_lengths(kept + extra)
-    pool = tf.concat([pieces.values, front, [EOS_ID]], 0)
-    inner = framed.spread(rows.starts) + framed.place - front.shape[0]
-    index = tf.where(framed.place < front.shape[0], rows.size + framed.place, inner)
-    index = tf.where(framed.place == framed.spread(framed.lengths) - 1, rows.size + front.shape[0], index)
+    around = [tf.convert_to_tensor(ids, tf.int32) for ids in (first, last) if ids]
+    pool = tf.concat([pieces.values, *around], 0)
+    inner = framed.spread(rows.starts) + framed.place - len(first)
+    index = tf.where(framed.place < len(first), rows.size + framed.place, inner)
+    behind = framed.place - framed.spread(framed.lengths) + len(last)  # place in `last`, below 0 before it
+    index = tf.where(behind >= 0, rows.size + len(first) + behind, index)
     return in_rows(tf.gather(pool, index), framed.lengths)

@@ -2,7 +2,8 @@
 
     Template(("{from}", "{text}", "{eos}"), ("{to}",))     # NLLB: <2en> the text </s>, written behind <2fr>
 
-A run that was converted keeps the template of its family in `data.json`; any other has its language token where its
+A run that was converted keeps the template of its family in `data.json`, and so does one that begins with its
+parameters: all that these read and write, tasks included, is written so. Any other has its language token where its
 translation tasks put it, and PLACES names those that there are.
 """
 
@@ -27,14 +28,17 @@ class Tokens(Protocol):
 
 
 class Frame(NamedTuple):
-    """Ids around the text of a source, and those that everything written begins with. start: what the decoder reads
-    first, where that is not the model's own start token.
+    """Ids (in a graph: scalars of it) around the text of a source, and those that everything written begins with.
+    start: what the decoder reads first, where that is not the model's own start token.
     """
 
-    before: list[int]
-    after: list[int]
-    prompt: list[int]
-    start: int | None
+    before: list[Any]
+    after: list[Any]
+    prompt: list[Any]
+    start: Any
+
+
+PLAIN = Frame([], [EOS_ID], [], None)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class Template:
     def __post_init__(self):
         if self.source.count(TEXT) != 1 or TEXT in (*self.target, self.start):
             raise ValueError(f"{TEXT} must stand once in the source of a template, and nowhere else: {self}")
+
+    @classmethod
+    def of_run(cls, data: Mapping[str, Any]) -> "Template | None":
+        """What the `data.json` of a run keeps; None for one that writes its sources as its tasks say."""
+        return cls.from_json(data["template"]) if "template" in data else None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Template":
@@ -86,16 +95,18 @@ class Template:
                 "this model is told which language it reads: name it, by from_='en' in a session, --from en in a "
                 f"command. It has tokens of {len(known)}: {', '.join(known[:40])}{', …' * (len(known) > 40)}"
             )
-        languages = {TO: to, FROM: from_}
+        codes = {TO: to, FROM: from_}
+        return self.ids(vocabulary, {p: vocabulary.language_token(c) for p, c in codes.items() if c is not None})
 
-        def ids(names: Sequence[str]) -> list[int]:
-            found = []
-            for name in names:
-                if name not in languages:
-                    found.append(EOS_ID if name == EOS else vocabulary.special(name))
-                elif (code := languages[name]) is not None:
-                    found.append(vocabulary.language_token(code))
-            return found
+    def ids(self, vocabulary: Tokens, languages: Mapping[str, Any]) -> Frame:
+        """The tokens, by those of the languages, TO and FROM; the place of one that is not there stays empty.
+
+        Raises KeyError for a special token that the vocabulary lacks.
+        """
+
+        def ids(names: Sequence[str]) -> list[Any]:
+            known = [name for name in names if name in languages or name not in (FROM, TO)]
+            return [languages[n] if n in languages else EOS_ID if n == EOS else vocabulary.special(n) for n in known]
 
         place = self.source.index(TEXT)
         start = ids([self.start] if self.start else [])

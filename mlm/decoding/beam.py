@@ -64,11 +64,11 @@ class Beam:
         )
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
-        token, log_prob = _continuations(logits, processed, state, 2 * self.group)
+        token, log_prob = continuations(logits, processed, state, 2 * self.group)
         token, log_prob = (x.reshape(-1, self.group, x.shape[-1]) for x in (token, log_prob))
-        candidates = _best(token, log_prob, log_prob, self.group)
-        ended = _ended(candidates, state)
-        return self.grow(candidates, ended, _survivors(candidates, ended, self.group), state.search, state)
+        candidates = best_of(token, log_prob, log_prob, self.group)
+        ended = ended_by(candidates, state)
+        return self.grow(candidates, ended, survivors(candidates, ended, self.group), state.search, state)
 
     def finish(self, state: State) -> Decoded:
         tokens, scores, lengths = (x[:, : self.n_best] for x in self.results(state.search, state))
@@ -81,28 +81,33 @@ class Beam:
         order: Int[Array, "B K"],
         finished: Finished,
         state: State,
+        bonus: Float[Array, "B N"] | float = 0.0,
+        ceiling: float = 0.0,
     ) -> Choice:
-        """Ended candidates compete for the finished set, those that `order` names live on."""
+        """Ended candidates compete for the finished set, those that `order` names live on.
+
+        bonus: added to the score of a candidate that ends. ceiling: the most that it may come to for any text.
+        """
         beams = self.group
         done, limit, length = (_first(x, beams) for x in (state.done, state.limit, state.length))
 
         token, parent, log_prob, _ = candidates
-        live_log_prob = _take(log_prob + NEG_INF * ended, order)
-        tokens = _take(state.tokens.reshape(*done.shape, beams, -1), parent)
+        live_log_prob = take(log_prob + NEG_INF * ended, order)
+        tokens = take(state.tokens.reshape(*done.shape, beams, -1), parent)
         tokens = jnp.where(jnp.arange(tokens.shape[-1])[None, None] == length[:, None, None], token[..., None], tokens)
-        scores = jnp.where(ended & (log_prob > DEAD), log_prob / self._penalty(length + 1)[:, None], NEG_INF)
+        scores = jnp.where(ended & (log_prob > DEAD), self.penalised(log_prob, length[:, None] + 1) + bonus, NEG_INF)
         new = self._merged(finished, Finished(tokens, scores, jnp.broadcast_to(length[:, None] + 1, token.shape)))
         finished = jax.tree.map(lambda new, old: jnp.where(_like(done, new), old, new), new, finished)
 
-        reachable = jnp.max(live_log_prob, axis=1) / self._penalty(limit)
+        reachable = self.penalised(jnp.max(live_log_prob, axis=1), limit) + ceiling
         worst = finished.scores[:, -1]
         stop = (worst > DEAD) & (worst > reachable)
         return Choice(
-            token=_take(token, order).reshape(-1),
+            token=take(token, order).reshape(-1),
             log_prob=live_log_prob.reshape(-1),
             ended=jnp.repeat(stop, beams),
             search=finished,
-            parent=jnp.where(done[:, None], jnp.arange(beams)[None], _take(parent, order)),
+            parent=jnp.where(done[:, None], jnp.arange(beams)[None], take(parent, order)),
         )
 
     def results(self, finished: Finished, state: State) -> Finished:
@@ -119,13 +124,14 @@ class Beam:
             jnp.where(empty, 0, best.lengths),
         )
 
+    def penalised(self, log_prob: Float[Array, "*s"], length: Int[Array, "*#s"]) -> Float[Array, "*s"]:
+        """log P / ((5 + |y|) / 6)^alpha."""
+        return log_prob / ((5.0 + length) / 6.0) ** self.alpha
+
     def _merged(self, old: Finished, new: Finished) -> Finished:
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
         _, order = top_k(both.scores, self.group)
-        return jax.tree.map(lambda x: _take(x, order), both)
-
-    def _penalty(self, length: Array) -> Array:
-        return ((5.0 + length) / 6.0) ** self.alpha
+        return jax.tree.map(lambda x: take(x, order), both)
 
 
 class Searches(NamedTuple):
@@ -166,7 +172,7 @@ class DiverseBeam:
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
         beams = self.part.group
         # A part needs 2K candidates and at most all tokens of earlier parts are ahead of them before the penalty.
-        token, log_prob = _continuations(logits, processed, state, self.group + beams)
+        token, log_prob = continuations(logits, processed, state, self.group + beams)
         rank = log_prob - (state.log_prob - state.search.rank.reshape(-1))[:, None]
         token, log_prob, rank = (x.reshape(-1, self.groups, beams, x.shape[-1]) for x in (token, log_prob, rank))
         chosen = jnp.full((token.shape[0], 0), -1)
@@ -174,11 +180,11 @@ class DiverseBeam:
         for part in range(self.groups):
             here = token[:, part]
             count = jnp.sum(here[..., None] == chosen[:, None, None], axis=-1)
-            candidates = _best(here, log_prob[:, part], rank[:, part] - self.diversity * count, beams)
-            ended = _ended(candidates, state, part * beams)
-            order = _survivors(candidates, ended, beams)
-            chosen = jnp.concatenate([chosen, _take(candidates.token, order)], axis=1)
-            parts.append((candidates, ended, order, _take(candidates.rank, order)))
+            candidates = best_of(here, log_prob[:, part], rank[:, part] - self.diversity * count, beams)
+            ended = ended_by(candidates, state, part * beams)
+            order = survivors(candidates, ended, beams)
+            chosen = jnp.concatenate([chosen, take(candidates.token, order)], axis=1)
+            parts.append((candidates, ended, order, take(candidates.rank, order)))
         candidates, ended, order, rank = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, x[0].shape[1]), *parts)
         choice = self.part.grow(candidates, ended, order, state.search.finished, state)
         return choice._replace(
@@ -190,36 +196,41 @@ class DiverseBeam:
         results = self.part.results(state.search.finished, state)
         results = jax.tree.map(lambda x: x.reshape(-1, self.group, *x.shape[2:]), results)
         _, order = top_k(results.scores, self.n_best)
-        tokens, scores, lengths = (_take(x, order) for x in results)
+        tokens, scores, lengths = (take(x, order) for x in results)
         return Decoded(tokens, scores, lengths, by_example(state.passes, self.group))
 
 
-def _continuations(logits: Array, processed: Array, state: State, count: int) -> tuple[Array, Array]:
+def continuations(logits: Array, processed: Array, state: State, count: int) -> tuple[Array, Array]:
     """The best `count` tokens of every row, each with the log-probability of the hypothesis it makes, [R, N].
 
     The best continuations of a group are among the best of its beams, so nothing of size K·V is built or sorted.
     """
     value, token = top_k(processed, count)
-    return token, value - jax.nn.logsumexp(logits, axis=-1)[:, None] + state.log_prob[:, None]
+    return token, extended(value, logits, state)
 
 
-def _best(token: Array, log_prob: Array, rank: Array, beams: int) -> Candidates:
+def extended(value: Float[Array, "R N"], logits: Float[Array, "R V"], state: State) -> Float[Array, "R N"]:
+    """Log-probability of each row with one token more, whose logit is `value`."""
+    return value - jax.nn.logsumexp(logits, axis=-1)[:, None] + state.log_prob[:, None]
+
+
+def best_of(token: Array, log_prob: Array, rank: Array, beams: int) -> Candidates:
     """The 2K best by rank out of N continuations of each of K beams, [B, K, N]."""
     ranks, index = top_k(rank.reshape(rank.shape[0], -1), 2 * beams)
-    token, log_prob = (_take(x.reshape(x.shape[0], -1), index) for x in (token, log_prob))
+    token, log_prob = (take(x.reshape(x.shape[0], -1), index) for x in (token, log_prob))
     return Candidates(token, index // rank.shape[-1], log_prob, ranks)
 
 
-def _ended(candidates: Candidates, state: State, first: int = 0) -> Bool[Array, "B N"]:
+def ended_by(candidates: Candidates, state: State, first: int = 0) -> Bool[Array, "B N"]:
     """Which candidates end here. first: the row of an example that their beam 0 is."""
     if state.closing.shape[0] == 1:
         return ends(state, candidates.token)
     closing = state.closing.reshape(candidates.token.shape[0], -1, state.closing.shape[-1])
-    closing = _take(closing, first + candidates.parent)
+    closing = take(closing, first + candidates.parent)
     return jnp.any(candidates.token[..., None] == closing, axis=-1)
 
 
-def _survivors(candidates: Candidates, ended: Bool[Array, "B N"], beams: int) -> Int[Array, "B K"]:
+def survivors(candidates: Candidates, ended: Bool[Array, "B N"], beams: int) -> Int[Array, "B K"]:
     """Places of the K best candidates that have not ended."""
     return top_k(candidates.rank + NEG_INF * ended, beams)[1]
 
@@ -229,7 +240,7 @@ def _first(x: Array, beams: int) -> Array:
     return x.reshape(-1, beams)[:, 0]
 
 
-def _take(x: Array, index: Int[Array, "B N"]) -> Array:
+def take(x: Array, index: Int[Array, "B N"]) -> Array:
     """x[b, index[b, n]]: a gather inside each example, local to its shard."""
     return jax.vmap(lambda row, i: row[i])(x, index)
 

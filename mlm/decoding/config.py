@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from mlm.decoding.antirepetition import FSD, ContrastiveSearch, DiscreteFSD
 from mlm.decoding.beam import Beam, DiverseBeam
+from mlm.decoding.constrained import ConstrainedBeam
+from mlm.decoding.guided import Value, ValueGuidedBeam
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.selectors import Greedy, Sample
@@ -54,6 +56,16 @@ METHODS: Registry[Method] = Registry(
         ("n_best", "beams", "groups", "diversity", "alpha"),
         "beam search in groups that avoid each other's tokens (Vijayakumar et al. 2018)",
     ),
+    constrained_beam=Method(
+        lambda c: ConstrainedBeam(c.beams, c.alpha, c.n_best),
+        ("n_best", "beams", "alpha"),
+        "beam search for texts that hold phrases given of each example; beams=20 is usual (Post & Vilar 2018)",
+    ),
+    value_guided_beam=Method(
+        lambda c: ValueGuidedBeam(cast(Value, c.value), c.likelihood, c.valued, c.beams, c.alpha, c.n_best),
+        ("n_best", "beams", "alpha", "value", "likelihood", "valued"),
+        "beam search by likelihood and a function's value of every beginning (Josifoski et al. 2022)",
+    ),
     contrastive_search=Method(
         lambda c: ContrastiveSearch(_told(c.penalty_alpha), c.candidates),
         ("candidates", "penalty_alpha"),
@@ -74,7 +86,7 @@ METHODS: Registry[Method] = Registry(
     ),
 )
 # What forbids tokens and reshapes nothing means something to every method.
-ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words", "stop")
+ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words", "avoid", "stop")
 PHRASES = ("bad_words", "stop")  # options that are phrases
 
 
@@ -94,6 +106,9 @@ class DecodeConfig:
     groups: int = 2  # diverse_beam: parts of `beams`, each a search
     diversity: float = 0.5  # diverse_beam: nats that a token costs for each beam of earlier groups that chose it
     alpha: float = 0.6  # beams: exponent of the brevity penalty; 0 ranks by plain log-probability
+    value: Value | None = None  # value_guided_beam: what says how much a beginning is worth
+    likelihood: float = 0.5  # value_guided_beam: weight of the log-likelihood; that of the value is 1 less it
+    valued: int = 10  # value_guided_beam: tokens of every beam that are given a value
     candidates: int = 5  # contrastive_search, fsd, fsd_d: most probable tokens that one is chosen of
     penalty_alpha: float | None = None  # the same: weight of the penalty, 0 is greedy; None: the method's own default
     ngram: int | None = None  # fsd, fsd_d: tokens of the n-grams that may not come again; None: the same
@@ -109,6 +124,7 @@ class DecodeConfig:
     repetition_penalty: float = 1.0  # 1: off
     no_repeat_ngram: int = 0  # n-grams that may not occur twice; 0: off
     bad_words: tuple[tuple[int, ...], ...] = ()  # phrases of token ids that may not be written
+    avoid: bool = False  # not to write the phrases given of each example
     stop: tuple[tuple[int, ...], ...] = ()  # phrases of token ids behind which a text ends, as behind EOS
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
@@ -141,6 +157,10 @@ class DecodeConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
                 raise ValueError(f"{name}={value!r} must be {rule}")
+        if self.method == "value_guided_beam" and not callable(self.value):
+            raise ValueError(
+                f"value={self.value!r} must be a function (tokens [N, T], length [N], hidden [N, D]) -> value [N]"
+            )
         for name in PHRASES:
             phrases = getattr(self, name)
             if not isinstance(phrases, tuple) or not all(map(_phrase, phrases)):
@@ -156,6 +176,10 @@ class DecodeConfig:
             raise ValueError("ngram=1 leaves method='fsd' no states to compare; give 2 or more, or choose 'fsd_d'")
         if "beams" in allowed and self.n_best > self.beams:
             raise ValueError(f"n_best={self.n_best} exceeds beams={self.beams}, all that a beam search keeps")
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON: a function by its name."""
+        return {name: getattr(value, "__qualname__", value) for name, value in dataclasses.asdict(self).items()}
 
     def selector(self) -> Selector:
         """The method's selector. `selector().group` decoding rows serve one example."""
@@ -198,6 +222,8 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("groups", "an integer of at least 1", _integer(1)),
     ("diversity", "at least 0", lambda v: 0 <= v < float("inf")),
     ("alpha", "at least 0 (a negative one would make the early stop wrong)", lambda v: v >= 0),
+    ("likelihood", "in [0, 1]", lambda v: 0 <= v <= 1),
+    ("valued", "an integer of at least 2, or a beam whose best token ends would be lost", _integer(2)),
     ("candidates", "an integer of at least 1", _integer(1)),
     ("penalty_alpha", "in [0, 1] (0: greedy)", lambda v: 0 <= v <= 1),
     ("ngram", "an integer of at least 1", _integer(1)),

@@ -13,6 +13,7 @@ from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens
 from mlm.decoding.config import PHRASES, DecodeConfig
 from mlm.decoding.loop import NOTHING, decode
 from mlm.decoding.ngrams import Trigrams
+from mlm.decoding.phrases import check_given
 from mlm.decoding.proposers import PROPOSERS, Inputs
 from mlm.decoding.ranking import cut
 from mlm.decoding.state import NEG_INF, Decoded, Read, Seen, Step
@@ -88,6 +89,7 @@ class Generator:
                 )
         if prompts is not None:
             check_tokens("prompt", [p for p in prompts if len(p)], self.model.config.vocab_size)
+        check_given(self.config, given, np.asarray(limits) - lengths, self.model.config.vocab_size)
         if (draft is None) != (self.draft is None):
             raise ValueError("the draft model and its parameters belong together: give both, or neither")
 

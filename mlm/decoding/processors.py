@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mlm.decoding.phrases import aligned
 from mlm.decoding.ranking import top_k as largest
 from mlm.decoding.state import DEAD, NEG_INF, Processor, State, newest, recurrences, written
 from mlm.registry import Registry
@@ -47,21 +48,22 @@ def no_repeat_ngram(n: int) -> Processor:
 
 def bad_words(phrases: tuple[tuple[int, ...], ...]) -> Processor:
     """Forbids the last token of each phrase where the row's prefix ends in the tokens before it."""
-    longest = max(map(len, phrases))
-    begins = np.full((len(phrases), longest - 1), -1, np.int32)  # right-aligned; -1: any token, or none
-    for row, phrase in zip(begins, phrases, strict=True):
-        row[longest - len(phrase) :] = phrase[:-1]
-    last = np.array([phrase[-1] for phrase in phrases], np.int32)
+    table = aligned(phrases, len(phrases), max(map(len, phrases)), right=True)[None]
+    return lambda logits, state: _forbid(table, logits, state)
 
-    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
-        begun = jnp.ones((logits.shape[0], len(phrases)), bool)
-        for back in range(1, longest):
-            wanted = begins[None, :, -back]
-            begun = begun & ((wanted == -1) | (wanted == newest(state, back)[:, None]))
-        tokens = jnp.broadcast_to(last, begun.shape)
-        return jnp.where(_mark(tokens, begun, logits.shape[-1]), NEG_INF, logits)
 
-    return process
+def avoid(on: bool) -> Processor:
+    """As `bad_words`, but of each row its own: `given["avoid"]` [R, P, L], see `mlm.decoding.phrases`."""
+    return lambda logits, state: _forbid(state.given["avoid"], logits, state)
+
+
+def _forbid(phrases: Int[Any, "#R P L"], logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
+    """Forbids what completes one of the phrases, which are right-aligned; -1 stands for any token, or none."""
+    begun = jnp.ones((logits.shape[0], phrases.shape[1]), bool) & (phrases[..., -1] >= 0)
+    for back in range(1, phrases.shape[2]):
+        wanted = phrases[..., -1 - back]
+        begun = begun & ((wanted == -1) | (wanted == newest(state, back)[:, None]))
+    return jnp.where(_mark(jnp.broadcast_to(phrases[..., -1], begun.shape), begun, logits.shape[-1]), NEG_INF, logits)
 
 
 def min_length(length: int) -> Processor:
@@ -238,6 +240,7 @@ PROCESSORS: Registry[Kind] = Registry(
     repetition_penalty=Kind(repetition_penalty, "tokens already there become less probable (Keskar et al. 2019)"),
     no_repeat_ngram=Kind(no_repeat_ngram, "no n-gram twice (Paulus et al. 2017)"),
     bad_words=Kind(bad_words, "phrases, as tuples of token ids, that must not be written"),
+    avoid=Kind(avoid, "phrases, given of each example, that must not be written"),
     min_length=Kind(min_length, "no end before this token"),
     temperature=Kind(temperature, "below 1 sharper, above 1 flatter (Ackley et al. 1985)"),
     top_k=Kind(top_k, "the k most probable tokens (Fan et al. 2018)"),

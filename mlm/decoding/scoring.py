@@ -26,7 +26,7 @@ class Scores(NamedTuple):
 class Piece(NamedTuple):
     """An example in a row: its number, and where its source and what the decoder reads begin."""
 
-    index: int
+    example: int
     source: int
     target: int
 
@@ -76,12 +76,12 @@ class Scorer:
         told = [[*s, *t] for s, t in zip(sources, targets, strict=True)] if alone else targets
         lengths = np.array([len(t) for t in targets], np.int32)
         scores = np.zeros((len(targets), int(lengths.max(initial=0))), np.float32)
-        widths = tuple(bucket(max(map(len, sequences), default=1)) for sequences in (read, told))
-        rows = packed(read, told, widths if self._packs else (0, 0))
+        width, length = (bucket(max(map(len, sequences), default=1)) for sequences in (read, told))
+        rows = packed(read, told, (width, length) if self._packs else (0, 0))
         for start in range(0, len(rows), self._batch_size):
             batch = rows[start : start + self._batch_size]
             count = min(bucket(-(-len(batch) // self._shards), 1) * self._shards, self._batch_size)
-            inputs = _batch(batch, read, told, to, (count, *widths))
+            inputs = _batch(batch, read, told, to, (count, width, length))
             if alone:
                 inputs = {name: x for name, x in inputs.items() if not name.startswith("encoder")}
             found = jax.device_get(self._run(params, jax.device_put(inputs, self._rows)))

@@ -276,8 +276,18 @@ class ModelConfig:
                 f"one table serves both stacks, so their ranks must agree: encoder.embedding.rank="
                 f"{encoder and encoder.embedding.rank}, decoder.embedding.rank={decoder and decoder.embedding.rank}"
             )
+        self._check_tied()
         self._check_codes()
         self._check_languages()
+
+    def _check_tied(self) -> None:
+        own = list(self.stacks().values())[-1].embedding
+        if self.head.kind == "tied" and not own.fix_norm and 1.0 not in (self.head.multiply, own.multiply):
+            raise ValueError(
+                f"a tied table is scaled where it is read or where it is written, not twice: embedding.multiply="
+                f"{own.multiply:g} (D^1/2 in Gemma and fairseq) and head.multiply={self.head.multiply:g} (D^-1/2 in "
+                "T5); leave one of them at 1"
+            )
 
     def _check_codes(self) -> None:
         head = self.head

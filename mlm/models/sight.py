@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mlm.models.order import Order
 from mlm.models.positions import alibi_bias, from_diagonals, relative_bias
 from mlm.models.specs import NO_POSITION, PositionSpec
 from mlm.models.tree import Tree
@@ -37,6 +38,7 @@ class Sight:
     example). prefix: queries and keys that see each other whatever the order, within the window. table: the biases
     of t5_bucket. tree: of the queries, whose keys stand from slot `start` on: a query sees the keys before and its own
     ancestors, at the distance of their depths. ring: the S keys are the newest of a row, each at its index modulo S.
+    order: by ranks, of tokens whose places are given; causal is then None.
     """
 
     shape: tuple[int, int]
@@ -51,6 +53,7 @@ class Sight:
     table: Float[Array, "H buckets"] | None = None
     tree: Tree | None = None
     ring: bool = False
+    order: Order | None = None
 
     def drawn(self) -> Drawn:
         return Drawn(self.mask(), self.bias())
@@ -65,6 +68,8 @@ class Sight:
             mask = mask & self._ancestry(self.tree)
         if self.ring:
             mask = mask & (self._keys() >= 0)[:, None]
+        if self.order is not None:
+            mask = mask & self.order.mask()
         return mask[:, None]
 
     def on_ring(self, slots: int) -> "Sight":
@@ -94,7 +99,7 @@ class Sight:
     def bias(self) -> Float[Array, "_ H T S"] | None:
         """Of the distance alone, so one query's row of T + S - 1 keys holds every entry."""
         queries, keys = self._indices()
-        if self.tree is not None or self.ring:  # where nothing runs along diagonals
+        if self.tree is not None or self.ring or self.order is not None:  # where nothing runs along diagonals
             return self._between(queries, keys)
         row = self._between(queries[..., -1:], keys[0] + jnp.arange(sum(self.shape) - 1))
         if row is None:
@@ -112,6 +117,8 @@ class Sight:
 
     def _indices(self) -> tuple[Int[Array, "*R T"], Int[Array, "*_ S"]]:
         """Places of queries and keys."""
+        if self.order is not None:
+            return self.order.positions, self.order.positions
         start, keys = jnp.asarray(self.start)[..., None], self._keys()
         if self.tree is None:
             return start + jnp.arange(self.shape[0]), keys

@@ -440,6 +440,14 @@ class LayerSpec:
 
     sublayers: tuple[SublayerSpec, ...]
 
+    def __post_init__(self):
+        sources = {spec.source for spec in self.sublayers if isinstance(spec, AttentionSpec)}
+        if {"joint", "cross"} <= sources:
+            raise ValueError(
+                "LayerSpec: joint attention reads the encoder under one softmax with the stack's own states, so its "
+                "layer holds no cross-attention as well; leave one of them out"
+            )
+
     def names(self) -> tuple[str, ...]:
         """Parameter names of the sublayers: "self_attention", "cross_attention", "ffn", "moe", "recurrent"; a repeat
         gets "_2".

@@ -16,7 +16,8 @@ from mlm.models.config import StackConfig
 from mlm.models.functional import Template
 from mlm.models.layer import STATES, Layer, Notes
 from mlm.models.layers import Norm, Pass, dropout, parameter, unit_rows
-from mlm.models.paths import path_of
+from mlm.models.order import Order, check_any_order
+from mlm.models.paths import PATHS, path_of
 from mlm.models.positions import segment_positions, sinusoids
 from mlm.models.routing import rebalanced
 from mlm.models.seqpe import PositionReader, Reading, bias
@@ -127,18 +128,25 @@ class Stack:
         its: Pass,
         steering: Float[Array, "n _ _ E"] | None = None,
         prefix: Bool[Array, "B T"] | None = None,
+        order: Order | None = None,
     ) -> tuple[Hidden, Notes]:
         """Final normed states of whole sequences, from rows of the input table; notes of all layers, by depth.
 
         key: dropout key, or None for evaluation. steering: added to the router logits of the n mixtures. prefix:
-        positions that see each other both ways, where the stack is causal.
+        positions that see each other both ways, where the stack is causal. order: that of the row, in place of left to
+        right; such a pass takes the plain path of attention, whatever the stack's.
         """
         config, frame = self.config, self._bind_frame(params)
         length = rows.shape[1]
         own = Sight(shape=(length, length), causal=config.causal, segments=(segments, segments))
-        lengths = {length, length if memory is None else memory.shape[1]}
-        path = path_of(config, str(rows.dtype), sorted(lengths), prefix is not None)
-        positions = segment_positions(segments)
+        if order is None:
+            lengths = {length, length if memory is None else memory.shape[1]}
+            path = path_of(config, str(rows.dtype), sorted(lengths), prefix is not None)
+            positions = segment_positions(segments)
+        else:
+            check_any_order(config)
+            path, positions = PATHS["plain"], order.positions
+            own = replace(own, causal=None, order=order)
         reading = self._read(frame, length, its.rate, key)
         view = View(
             own=own if prefix is None else replace(own, prefix=(prefix, prefix)),

@@ -1,5 +1,6 @@
 """The transformer: pure functions of a nested dict of arrays, built from a `ModelConfig`."""
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mlm.models.codes import Codebook, TwoLevel, Within
+from mlm.models.codes import Codebook, TwoLevel, Within, floor
 from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
 from mlm.models.language import Bridge, Offsets, languages_of_sources
 from mlm.models.layers import Norm, Pass, cap, parameter, product, unit_rows, zeros
+from mlm.models.order import doubled
 from mlm.models.paths import path_of
 from mlm.models.routing import Routed
 from mlm.models.specs import EmbeddingSpec, NormSpec
@@ -130,6 +132,13 @@ class Transformer:
         self._dtype = jnp.dtype(config.dtype)
         for stack in config.stacks().values():
             path_of(stack, config.dtype)  # refuses what does not fit before anything is traced
+        if config.head.kind == "codes" and not config.head.bias and (least := floor(config.head, config.vocab_size)):
+            warnings.warn(
+                f"tokens that share a column of the head (codes={config.head.codes}, groups={config.head.groups}) "
+                f"cannot be told apart: on average a token costs at least {least:.2f} nats; use more groups, or "
+                "bias=True",
+                stacklevel=2,
+            )
         self._ends = Template(partial(Ends, config))
         width = {"encoder": config.memory_width, "decoder": config.d_model}
         self._stacks = {name: Stack(width[name], config.memory_width, stack) for name, stack in config.stacks().items()}
@@ -161,23 +170,29 @@ class Transformer:
         languages: int = 0,
         taps: Collection[str] = (),
         steering: Mapping[str, Array] | None = None,
+        encoded: SourceHidden | None = None,
     ) -> Output:
         """Final states of a text-to-text batch (`mlm.types.ROW_FEATURES`), packed or not; teacher-forced in a decoder.
 
         A model of one stack reads only that stack's features. Where a batch has "decoder_causal_attention" [B, T], the
-        decoder's tokens with a 1, the prefix of an example, see each other both ways (prefix LM; T5X's name).
+        decoder's tokens with a 1, the prefix of an example, see each other both ways (prefix LM; T5X's name). Where it
+        has "decoder_ranks", "decoder_reads" and "decoder_query_tokens" [B, T], the decoder writes in order of rank: its
+        input tokens are the targets themselves, and the states those of the queries (`models.order`).
         key: dropout key, or None for evaluation. languages: number of language ids, to count each one's use of experts
         (0: not counted). taps: names out of `tap_names`; each comes back as [layers that have it, …]. steering: stack
         -> what is added to its router logits, [n, B or 1, T or 1, E] for its n mixtures by depth (-1e10 forbids an
-        expert).
+        expert). encoded: the encoder's states, where they are already there.
         A language-aware model (`ModelConfig.languages`) reads the target language off the ids of the decoder's tokens,
         or of the encoder's where it is alone. Raises KeyError, with the nearest name, for a tap that the model does not
         have, ValueError for a missing language.
         """
         self._check_taps(taps)
+        order = None
+        if "decoder_ranks" in batch:
+            batch, order = doubled(batch)
         to = self._target_languages(batch)
         source, target = (None, None) if key is None else jax.random.split(key)
-        encoded = segments = None
+        segments = None
         routed: dict[str, Routed] = {}
         taken: dict[str, Array] = {}
 
@@ -203,6 +218,7 @@ class Transformer:
                 its,
                 (steering or {}).get(stack),
                 batch[_PREFIX] > 0 if stack == "decoder" and _PREFIX in batch else None,
+                order if stack == "decoder" else None,
             )
             if notes.routed:
                 routed[stack] = notes.routed[0]
@@ -210,12 +226,14 @@ class Transformer:
             return hidden
 
         if "encoder" in self._stacks:
-            encoded = run("encoder", None, source)
+            encoded = run("encoder", None, source) if encoded is None else encoded
             segments = batch["encoder_segment_ids"]
         hidden = encoded
         if "decoder" in self._stacks:
             hidden = run("decoder", self._bridged(params, encoded, to.get("encoder")), target)
         hidden = self._offset(params, hidden, next(reversed(to.values()), None))
+        if order is not None:
+            hidden = hidden[:, hidden.shape[1] // 2 :]
         return Output(hidden, encoded, routed, taken, self._position_losses(params, key))
 
     def _position_losses(self, params: Params, key: Key[Array, ""] | None) -> dict[str, Float[Array, ""]]:

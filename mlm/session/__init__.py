@@ -12,6 +12,7 @@ A run directory holds all that is needed: the model's shape, its vocabulary, the
 """
 
 from mlm.session.loading import load
-from mlm.session.session import Hypothesis, Ranked, Session, Source
+from mlm.session.records import Hypothesis, Ranked, Source
+from mlm.session.session import Session
 
 __all__ = ["Hypothesis", "Ranked", "Session", "Source", "load"]

@@ -22,7 +22,8 @@ from mlm.evaluation.choosing.agreement import last_match, votes
 from mlm.evaluation.choosing.bayes_risk import expected_utilities, some
 from mlm.evaluation.choosing.noisy_channel import Parts, Weights, channel_scores
 from mlm.evaluation.choosing.utilities import aggregated_chrf, utility
-from mlm.session.session import Asked, Hypothesis, Session
+from mlm.session.records import Asked, Hypothesis
+from mlm.session.session import Session
 from mlm.types import EOS_ID
 
 Results = Sequence[Sequence[Hypothesis]]  # of every source

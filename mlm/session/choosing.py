@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from mlm.registry import Registry, nearest
 from mlm.session.choosers import Chooser, Energy, MinimumBayesRisk, NoisyChannel, Relevance, Results, SelfConsistency
-from mlm.session.session import Asked, Hypothesis, Session
+from mlm.session.records import Asked, Hypothesis
+from mlm.session.session import Session
 
 
 class Kind(NamedTuple):

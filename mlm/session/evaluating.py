@@ -12,14 +12,15 @@ from mlm.data.batching import Example
 from mlm.data.evaluator import Outcome, compute_metrics, forced_beginning, packed_batches, predicts, read_examples
 from mlm.data.languages import LANGUAGES
 from mlm.data.recipes import Lengths
-from mlm.decoding.buckets import shards
+from mlm.decoding.buckets import TokenLists, shards
 from mlm.decoding.generate import Generator
 from mlm.decoding.ngrams import Trigrams
+from mlm.decoding.phrases import stop_size
 from mlm.decoding.state import Decoded
 from mlm.evaluation.language_loss import LanguageLosses
 from mlm.evaluation.results import LanguageTable, language_table, totals
 from mlm.session.session import Session
-from mlm.types import Params
+from mlm.types import PAD_ID, Params
 
 GROUP = 1024  # examples; their tasks are evaluated together, and their results known
 LOSS_ROWS = 16  # rows of a batch when losses are measured
@@ -27,6 +28,8 @@ SAMPLES = 5  # examples of a task that a result shows
 
 Tokens = Sequence[np.ndarray]
 Group = dict[str, list[Example]]
+Told = tuple[int, int]  # what a model is told beside the source: the target's language id, and where it starts
+Search = Callable[[int | None], Callable[..., Decoded]]  # start token, None for the model's own -> generator
 
 
 def evaluate_each(
@@ -34,88 +37,120 @@ def evaluate_each(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(task, result) in order: metrics, loss and bits per byte by language, how it was decoded, a few samples."""
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
-    for group in _groups(read_examples(tasks, session.vocabulary, lengths, split, num_examples)):
+    read = partial(read_examples, tasks, session.vocabulary, lengths, split, num_examples)
+    for group in _groups(read(template=session.own_template)):
         tables = _tables(session, group, lengths)
-        predictions = Predictions(generator, session.params, session.draft_params(generator), session.table)
+        search = partial(session.beginning, generator)
+        predictions = Predictions(
+            search, session.params, session.draft_params(generator), session.table, generator.config.stop
+        )
         asked = [example for name, examples in group.items() if predicts(name) for example in examples]
+        if asked:
+            check_sources_are_read(session)
         begins = partial(forced_beginning, vocabulary=session.vocabulary)
-        predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], [e.language for e in asked])
+        predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], list(map(told, asked)))
         for name, examples in group.items():
             outcome = outcome_of(session, name, examples, predictions, lengths, split, num_examples)
             result = {**session.about(name, split), "examples": len(examples), **totals(tables[name])}
             result["metrics"] = outcome.metrics
             if outcome.predictions:
-                result["decode"] = dataclasses.asdict(generator.config)
+                result["decode"] = generator.config.plain()
                 result["samples"] = _samples(session, examples, outcome.predictions)
             yield name, {**result, "languages": tables[name]}
+
+
+def check_sources_are_read(session: Session) -> None:
+    """Raises ValueError for a decoder alone."""
+    if session.config.encoder is None:
+        raise ValueError(
+            f"{session.run.path} holds a decoder alone, which is trained on the targets of a task and never reads its "
+            "inputs: what it would write says nothing. Evaluate tasks without metrics of written text"
+        )
 
 
 def outcome_of(
     session: Session,
     name: str,
     examples: Sequence[Example],
-    predict: Callable[[Tokens, Tokens, Sequence[int]], np.ndarray],
+    predict: Callable[[Tokens, Tokens, Sequence[Told]], np.ndarray],
     lengths: Lengths,
     split: str,
     num_examples: int | None,
 ) -> Outcome:
-    """The metrics of a task whose examples have been read. predict: (sources, prompts, languages) -> tokens."""
+    """The metrics of a task whose examples have been read. predict: (sources, prompts, what the model is told) ->
+    tokens.
+    """
     begins = partial(forced_beginning, vocabulary=session.vocabulary)
     return compute_metrics(
         name,
         session.vocabulary,
         lengths,
-        predict=_told(predict, {_key(e.inputs, begins(e.targets)): e.language for e in examples}),
-        score=_told(session.score_tokens, {_key(e.inputs, e.targets): e.language for e in examples}),
+        predict=_telling(predict, {_key(e.inputs, begins(e.targets)): told(e) for e in examples}),
+        score=_telling(partial(_scored, session), {_key(e.inputs, e.targets): told(e) for e in examples}),
         split=split,
         num_examples=num_examples,
+        template=session.own_template,
     )
 
 
 class Predictions:
-    """(sources, forced beginnings) -> tokens. Remembers what it has decoded, so that the examples of many tasks can be
-    decoded together before SeqIO asks for them one task at a time.
+    """(sources, forced beginnings, what the model is told) -> tokens. Remembers what it has decoded, so that the
+    examples of many tasks can be decoded together before SeqIO asks for them one task at a time. stop: sequences that
+    end a text, and are cut off.
     """
 
     def __init__(
         self,
-        generator: Callable[..., Decoded],
+        search: Search,
         params: Params,
         draft: Params | None = None,
         table: Trigrams | None = None,
+        stop: TokenLists = (),
     ):
-        self._generator, self._params, self._draft, self._table = generator, params, draft, table
-        self._known: dict[tuple[int, tuple[bytes, bytes]], np.ndarray] = {}
+        self._search, self._params, self._draft, self._table = search, params, draft, table
+        self._stop = stop
+        self._known: dict[tuple[Told, tuple[bytes, bytes]], np.ndarray] = {}
 
-    def learn(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> None:
+    def learn(self, sources: Tokens, prompts: Tokens, told: Sequence[Told]) -> None:
         """Decodes what is not known yet. Randomness comes from the example itself, not from who stands beside it."""
-        asked = zip(sources, prompts, languages, strict=True)
-        new = {(n, _key(s, p)): (s, p) for s, p, n in asked if (n, _key(s, p)) not in self._known}
-        if not new:
-            return
-        found = self._generator(
-            self._params,
-            [source for source, _ in new.values()],
-            prompts=[prompt for _, prompt in new.values()],
-            ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in new],
-            languages=[language for language, _ in new],
-            draft=self._draft,
-            table=self._table,
-        )
-        self._known.update(zip(new, found.tokens[:, 0], strict=True))
+        asked = zip(sources, prompts, told, strict=True)
+        new = {(t, _key(s, p)): (s, p) for s, p, t in asked if (t, _key(s, p)) not in self._known}
+        for first in sorted({start for (_, start), _ in new}):
+            alike = {key: value for key, value in new.items() if key[0][1] == first}
+            found = self._search(first or None)(
+                self._params,
+                [source for source, _ in alike.values()],
+                prompts=[prompt for _, prompt in alike.values()],
+                ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in alike],
+                languages=[language for (language, _), _ in alike],
+                draft=self._draft,
+                table=self._table,
+            )
+            for row, length, (_, prompt) in zip(found.tokens[:, 0], found.lengths[:, 0], alike.values(), strict=True):
+                row[length - stop_size(row[len(prompt) : length], self._stop) :] = PAD_ID
+            self._known.update(zip(alike, found.tokens[:, 0], strict=True))
 
-    def __call__(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> np.ndarray:
+    def __call__(self, sources: Tokens, prompts: Tokens, told: Sequence[Told]) -> np.ndarray:
         """int32 [examples, length]: the best result of each, beginning and end of sequence included."""
-        self.learn(sources, prompts, languages)
-        asked = zip(sources, prompts, languages, strict=True)
-        return np.stack([self._known[n, _key(s, p)] for s, p, n in asked])
+        self.learn(sources, prompts, told)
+        return np.stack([self._known[t, _key(s, p)] for s, p, t in zip(sources, prompts, told, strict=True)])
 
 
-def _told(function: Callable[..., np.ndarray], languages: Mapping[tuple[bytes, bytes], int]) -> Callable:
-    """function(sources, others, languages) without the last, which is looked up: SeqIO hands over tokens alone."""
+def told(example: Example) -> Told:
+    return example.language, example.start
+
+
+def _scored(session: Session, sources: Tokens, targets: Tokens, told: Sequence[Told]) -> np.ndarray:
+    """log P(target | source) of one task's examples, which all start alike."""
+    languages, starts = zip(*told, strict=True)
+    return session.score_tokens(sources, targets, languages, starts[0] or None)
+
+
+def _telling(function: Callable[..., np.ndarray], told: Mapping[tuple[bytes, bytes], Told]) -> Callable:
+    """function(sources, others, told) without the last, which is looked up: SeqIO hands over tokens alone."""
 
     def of_tokens(sources: Tokens, others: Tokens) -> np.ndarray:
-        return function(sources, others, [languages[_key(s, o)] for s, o in zip(sources, others, strict=True)])
+        return function(sources, others, [told[_key(s, o)] for s, o in zip(sources, others, strict=True)])
 
     return of_tokens
 

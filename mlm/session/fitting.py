@@ -15,7 +15,8 @@ from mlm.evaluation.choosing.noisy_channel import HIGHEST, Weights, tuned
 from mlm.evaluation.metrics import metric_fns
 from mlm.session.choosers import Energy, NoisyChannel, check_pure, corrections
 from mlm.session.choosing import checked
-from mlm.session.session import Hypothesis, Session
+from mlm.session.records import Hypothesis
+from mlm.session.session import Session
 from mlm.types import EOS_ID
 
 Pairs = Sequence[tuple[str, str]]  # text, what a human wrote

@@ -7,7 +7,8 @@ import numpy as np
 
 from mlm.data.prompts import Example, Format, Pool, synthesised
 from mlm.data.templates import FROM, PLACES
-from mlm.session.session import Ranked, Session
+from mlm.session.records import Ranked
+from mlm.session.session import Session
 
 PASSAGE = "{passage}"
 

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,10 @@ from jaxtyping import Array, Key
 from mlm.checkpoints.run_directory import RunDirectory
 from mlm.data.prompts import USUAL_FORM, Example, Format, Pool
 from mlm.data.templates import FROM, PLACES, TO, Frame, Template
-from mlm.decoding.config import DecodeConfig
+from mlm.decoding.config import PHRASES, DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.decoding.ngrams import Trigrams
+from mlm.decoding.phrases import stop_size
 from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.scoring import Scorer
 from mlm.evaluation.embedding import Embedder
@@ -25,69 +25,13 @@ from mlm.models.config import ModelConfig
 from mlm.models.quantisation import quantised
 from mlm.models.transformer import Transformer
 from mlm.registry import nearest
+from mlm.session.records import Asked, Hypothesis, Ranked, Source
 from mlm.trees import count
 from mlm.types import EOS_ID, Params
 
 if TYPE_CHECKING:
     from mlm.session.choosers import Chooser
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """text: decoded. score: log-probability in nats, for beam search over its length penalty. tokens: EOS included.
-    passes: of the decoder, for all results of the text.
-    value: what it was chosen by, where the results were chosen among (`mlm.session.choosing`).
-    """
-
-    text: str
-    score: float
-    tokens: list[int]
-    passes: int = 0
-    value: float | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """tokens: what the encoder reads. trimmed: the text was longer than the model's inputs, and lost its end."""
-
-    tokens: list[int]
-    trimmed: bool
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One call of `Session.decode`: the sources as the model reads them, and everything that was said of them."""
-
-    session: "Session"
-    generator: Generator
-    frame: Frame
-    to: str | None
-    from_: str | None
-    language_token: str | None
-    sources: list[list[int]]
-    ids: Sequence[int]
-    languages: Sequence[int] | None
-
-    @property
-    def skips(self) -> list[int]:
-        """Tokens at the beginning of each result that were given: the prompt, and for a decoder alone the source."""
-        alone = self.session.config.encoder is None
-        return [len(self.frame.prompt) + (len(source) if alone else 0) for source in self.sources]
-
-    @property
-    def texts(self) -> list[str]:
-        """What the model read of each text."""
-        before, after = len(self.frame.before), len(self.frame.after)
-        return [self.session.text(source[before : len(source) - after]) for source in self.sources]
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """index: of the passage as given. score: log P(query, EOS | passage), nats."""
-
-    index: int
-    passage: str
-    score: float
+    from mlm.session.phrases import Phrase
 
 
 class Session:
@@ -95,9 +39,9 @@ class Session:
 
     Texts are cleaned and encoded as the training tasks do it. A text longer than the run's inputs loses its end, with a
     warning. `to` and `from_` name the language to be written and, where the model is told, the one that is read. Their
-    tokens stand where the run says (`template`: a converted one keeps its family's way), or else, or by language_token,
-    where translation tasks put them: `to` in the "source", or forced first in the "target", or "both", `from_` first in
-    the source and `to` in the target.
+    tokens stand where the run says (`own_template`: a converted one keeps its family's way, and evaluates tasks in it),
+    or else, or by language_token, where translation tasks put them: `to` in the "source", or forced first in the
+    "target", or "both", `from_` first in the source and `to` in the target.
     """
 
     def __init__(
@@ -123,7 +67,8 @@ class Session:
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
         self.quantise, self.draft, self.table = quantise, draft, table
-        self.template = Template.from_json(data["template"]) if "template" in data else PLACES["source"]
+        self.own_template = Template.of_run(data)
+        self.template = self.own_template or PLACES["source"]
         self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
         self._scorers: dict[tuple[int | None, float], Scorer] = {}
         self._embedder = Embedder(model, rows=rows, batch_size=batch_size)
@@ -164,7 +109,8 @@ class Session:
 
         to: language to write. Without it a text may hold special tokens, as in "The <extra_id_0> sat on the mat".
         from_: language of the texts. method, options: those of `DecodeConfig`: beams, alpha, n_best, temperature,
-        top_k, top_p, no_repeat_ngram, bad_words, proposer, max_length, seed, …; `mlm decode list` names them all.
+        top_k, top_p, no_repeat_ngram, proposer, max_length, seed, …; bad_words and stop: texts that are not written, or
+        behind which a result ends; `mlm decode list` names them all. phrases, avoid: as in `ask`.
         choose: how one of n_best results is chosen, as "mbr" or "mbr,utility=bleu" (`mlm.session.choosing`).
         Raises ValueError for an empty text, a missing language, or one that the model is not told, KeyError for a
         language without a token or an unknown method.
@@ -189,7 +135,8 @@ class Session:
         """As `generate`, with scores and tokens; with `choose` all results, the chosen one first, with their values.
 
         texts: or what `encode` made of them. ids: numbers of the texts, the source of their randomness. languages: ids
-        of the languages that a language-aware model is to write, where they are not all `to`.
+        of the languages that a language-aware model is to write, where they are not all `to`. phrases, avoid: as in
+        `ask`.
         """
         asked = self.ask(
             texts, to, method, from_=from_, language_token=language_token, ids=ids, languages=languages, **options
@@ -210,17 +157,26 @@ class Session:
         language_token: str | None = None,
         ids: Sequence[int] | None = None,
         languages: Sequence[int] | None = None,
+        phrases: "Sequence[Sequence[Phrase]] | None" = None,
+        avoid: "Sequence[Sequence[Phrase]] | None" = None,
         **options: Any,
     ) -> Asked:
-        """What `decode` gives to the model. Raises as it does."""
+        """What `decode` gives to the model. Raises as it does.
+
+        phrases: for each text those that its result must hold (method="constrained_beam"). avoid: for each text those
+        that it may not hold.
+        """
+        from mlm.session.phrases import given_phrases
+
         frame = self.frame(to, from_, language_token)
         given = [texts] if isinstance(texts, str) else list(texts)
         encoded = iter(self._encode([t for t in given if isinstance(t, str)], to, frame))
         sources = [(text if isinstance(text, Source) else next(encoded)).tokens for text in given]
         languages = languages or self._languages(to, len(sources))
-        generator = self.generator(method, options, frame.start)
+        told = given_phrases(self.vocabulary, phrases, avoid)
+        generator = self.generator(method, options | ({"avoid": True} if "avoid" in told else {}), frame.start)
         numbers = range(len(sources)) if ids is None else ids
-        return Asked(self, generator, frame, to, from_, language_token, sources, numbers, languages)
+        return Asked(self, generator, frame, to, from_, language_token, sources, numbers, languages, told)
 
     def answer(self, asked: Asked) -> list[list[Hypothesis]]:
         """The results of each source, best first."""
@@ -230,12 +186,17 @@ class Session:
             prompts=[asked.frame.prompt] * len(asked.sources) if asked.frame.prompt else None,
             ids=asked.ids,
             languages=asked.languages,
+            given=asked.given,
             draft=self.draft_params(asked.generator),
             table=self.table,
         )
+
+        def text(tokens: np.ndarray) -> str:
+            return self.text(tokens[: len(tokens) - stop_size(tokens, asked.generator.config.stop)])
+
         return [
             [
-                Hypothesis(self.text(tokens[skip:length]), float(score), tokens[:length].tolist(), int(passes))
+                Hypothesis(text(tokens[skip:length]), float(score), tokens[:length].tolist(), int(passes))
                 for tokens, score, length in zip(*row, strict=True)
                 if length
             ]
@@ -367,12 +328,19 @@ class Session:
         languages = {"to": to, "from_": from_, "language_token": language_token}
         return query_likelihood(self, query, passages, form=form, languages=languages)
 
-    def score_tokens(self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None = None) -> np.ndarray:
+    def score_tokens(
+        self,
+        sources: Sequence,
+        targets: Sequence,
+        languages: Sequence[int] | None = None,
+        start: int | None = None,
+    ) -> np.ndarray:
         """log P(target | source) of token lists as they stand, in nats; float32 [pairs].
 
-        languages: ids of the targets' languages, which a language-aware model asks for.
+        languages: ids of the targets' languages, which a language-aware model asks for. start: what the decoder reads
+        first, where not the model's own.
         """
-        return self._scorer()(self.params, sources, targets, languages).totals
+        return self._scorer(start)(self.params, sources, targets, languages).totals
 
     def evaluate(
         self,
@@ -522,12 +490,22 @@ class Session:
 
     def generator(self, method: str, options: Mapping[str, Any], start: int | None = None) -> Generator:
         """start: what the decoder reads first, where not the model's own. Raises ValueError for an encoder alone."""
+        from mlm.session.phrases import spellings
+
+        told = {name: spellings(self.vocabulary, name, options[name]) for name in PHRASES if name in options}
         try:
-            config = DecodeConfig(**{"method": method, "max_length": self.data["targets_length"], **options})
+            config = DecodeConfig(**{"method": method, "max_length": self.data["targets_length"], **options, **told})
         except TypeError:
             known = DecodeConfig.__dataclass_fields__
             wrong = next(name for name in options if name not in known)
             raise ValueError(f"no decoding option {wrong!r}; {nearest(wrong, known)}") from None
+        return self._generator(config, start)
+
+    def beginning(self, generator: Generator, start: int | None) -> Generator:
+        """What decodes as this one of the session's, but that its decoder reads another token first."""
+        return self._generator(generator.config, start)
+
+    def _generator(self, config: DecodeConfig, start: int | None) -> Generator:
         if (config, start) not in self._generators:
             self._generators[config, start] = Generator(
                 self._starting_with(start),

@@ -12,7 +12,7 @@ from mlm.decoding.buckets import pad
 from mlm.decoding.generate import Generator
 from mlm.decoding.state import Decoded
 from mlm.evaluation.results import numbers
-from mlm.session.evaluating import Predictions, outcome_of
+from mlm.session.evaluating import Predictions, check_sources_are_read, outcome_of
 from mlm.session.session import Session
 from mlm.types import Params
 
@@ -33,7 +33,7 @@ class Trials:
     """Reads the examples of tasks and decodes them as often as asked.
 
     num_examples: the first ones of each task; None: all. Raises ValueError for a task without metrics of decoded text,
-    and for one without an example in the split.
+    for one without an example in the split, and for a decoder alone.
     """
 
     def __init__(self, session: Session, tasks: Sequence[str], split: str, num_examples: int | None = None):
@@ -44,7 +44,9 @@ class Trials:
             )
         self._session, self._split, self._num_examples = session, split, num_examples
         self._lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
-        self._examples = dict(read_examples(tasks, session.vocabulary, self._lengths, split, num_examples))
+        check_sources_are_read(session)
+        template = session.own_template
+        self._examples = dict(read_examples(tasks, session.vocabulary, self._lengths, split, num_examples, template))
 
     def metrics(self, task: str) -> list[str]:
         """Names of the task's metrics that are numbers. Nothing is decoded: a source passes for its own translation."""
@@ -56,9 +58,14 @@ class Trials:
 
     def __call__(self, task: str, generator: Generator) -> Trial:
         """Raises ValueError for what the model or its examples cannot be decoded with."""
-        clock = _Clock(generator)
+        start = self._examples[task][0].start  # all of a task begin alike
+        clock = _Clock(self._session.beginning(generator, start or None))
         predictions = Predictions(
-            clock, self._session.params, self._session.draft_params(generator), self._session.table
+            lambda _: clock,
+            self._session.params,
+            self._session.draft_params(generator),
+            self._session.table,
+            generator.config.stop,
         )
         metrics = self._outcome(task, predictions)
         return Trial(metrics, len(self._examples[task]), clock.tokens, clock.seconds, clock.passes)

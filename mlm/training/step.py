@@ -15,6 +15,8 @@ from mlm.types import Batch, Params
 
 LossFunction = Callable[[Params, Batch, Key[Array, ""] | None], Loss]
 Metrics = dict[str, Any]  # name -> (sum, weight) arrays, or a scalar
+Prepare = Callable[[Batch, Key[Array, ""], int | Array], Batch]  # (batch, key, step) -> what the loss reads
+LAST_STEP = 2**31 - 1  # where whatever changes in training has come to its end
 
 
 def train_step(
@@ -27,14 +29,18 @@ def train_step(
     microbatches: int = 1,
     ema_decay: float = 0.0,
     adjust: Callable[[Params, Metrics], Params] = lambda params, metrics: params,
+    prepare: Prepare | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The state after one update on the global batch, and its metrics.
 
     gradient = d(sum of losses) / d params / (sum of weights): one division over the whole batch, so the update does not
     depend on microbatches, packing or devices. Every microbatch draws its own dropout key, folded from the step number.
-    adjust moves what no gradient moves, by the step's metrics (biases of routers).
+    adjust moves what no gradient moves, by the step's metrics (biases of routers). prepare: see `Prepare`; it draws for
+    the global batch, so that microbatches change nothing.
     When the loss or the gradient norm is not finite, everything but the step count stays as it was and `skipped` grows.
     """
+    if prepare is not None:
+        batch = prepare(batch, jax.random.fold_in(stream(key, "prepare"), state.step), state.step)
     key = jax.random.fold_in(stream(key, "dropout"), state.step)
     loss, gradients = accumulate(loss_fn, state.params, batch, key, microbatches)
     weight = jnp.maximum(loss.weight, 1.0)  # a batch of padding alone has no gradient to scale
@@ -102,7 +108,9 @@ def _split(x: Array, parts: int) -> Array:
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
 
 
-def evaluation_step(params: Params, batch: Batch, *, loss_fn: LossFunction) -> Metrics:
-    """Metrics of a batch, no dropout, no gradients."""
+def evaluation_step(params: Params, batch: Batch, *, loss_fn: LossFunction, prepare: Prepare | None = None) -> Metrics:
+    """Metrics of a batch, no dropout, no gradients. prepare: as after the last step, with the same key every time."""
+    if prepare is not None:
+        batch = prepare(batch, jax.random.key(0), LAST_STEP)
     loss = loss_fn(params, batch, None)
     return {**loss.metrics, "loss": (loss.sum, loss.weight)}

@@ -10,15 +10,17 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlm.models.config import ModelConfig
+from mlm.models.order import check_any_order
 from mlm.models.transformer import Transformer
 from mlm.objectives import OBJECTIVES, Loss
+from mlm.objectives.any_order import AnyOrder
 from mlm.objectives.candidates import narrowed
 from mlm.parallel import MeshPlacement, check_sizes, shardings
 from mlm.registry import nearest
 from mlm.training.optimizers import state_axes
 from mlm.training.routing import rebalanced, with_positions, with_routing
 from mlm.training.state import TrainState, init_state
-from mlm.training.step import evaluation_step, train_step
+from mlm.training.step import Prepare, evaluation_step, train_step
 from mlm.types import Batch, Params, PyTree
 
 NONFINITE = ("stop", "skip")
@@ -31,8 +33,10 @@ class TrainConfig:
     steps: updates in the whole run. z_loss: weight of (log Z)^2 in nats. loss_chunk: target positions per piece of the
     head (None: chosen from the sizes). candidates: tokens that a training step normalises over, the targets of the
     microbatch and the `neighbours` nearest to each (None: all; `objectives.candidates`), so that its loss is a lower
-    bound of that of an evaluation, which takes all. ema_decay: 0 keeps no mean. on_nonfinite: "stop" the run, or "skip"
-    the update and count it. precision of activations is the model's `dtype`.
+    bound of that of an evaluation, which takes all. any_order: the decoder learns to write in any order, of targets
+    that are masked anew in every step; an evaluation masks as the last steps do, the same every time. ema_decay: 0
+    keeps no mean. on_nonfinite: "stop" the run, or "skip" the update and count it. precision of activations is the
+    model's `dtype`.
     """
 
     steps: int
@@ -44,6 +48,7 @@ class TrainConfig:
     loss_chunk: int | None = None
     candidates: int | None = None
     neighbours: int = 50
+    any_order: AnyOrder | None = None
     ema_decay: float = 0.0
     on_nonfinite: str = "stop"
 
@@ -90,9 +95,11 @@ class Trainer:
             microbatches=train.microbatches,
             ema_decay=train.ema_decay,
             adjust=partial(rebalanced, self.model),
+            prepare=_masking(self.model, train.any_order),
         )
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, scalar))
-        self.evaluate_batch = jax.jit(partial(evaluation_step, loss_fn=loss_fn), out_shardings=scalar)
+        evaluate = partial(evaluation_step, loss_fn=loss_fn, prepare=_masking(self.model, train.any_order))
+        self.evaluate_batch = jax.jit(evaluate, out_shardings=scalar)
 
     def init(self, params: Params | None = None) -> TrainState:
         """The state before the first step, each device holding only its part. params: in place of fresh ones; the state
@@ -122,6 +129,23 @@ def abstract_state(
     moments = shardings(state.optimizer, state_axes(optimizer, shapes, axes), mesh)
     places = TrainState(scalar, scalar, parameters, moments, parameters if ema else None)
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, places)
+
+
+def _masking(model: Transformer, any_order: AnyOrder | None) -> Prepare | None:
+    """What makes the batch of a step that learns any order; others read their batches as they are.
+
+    Raises ValueError for a mask token that the model has no row for, and for a model that cannot write in any order.
+    """
+    if any_order is None:
+        return None
+    if any_order.mask_token >= model.config.vocab_size:
+        raise ValueError(
+            f"any_order.mask_token={any_order.mask_token} is no id of the model's vocabulary of "
+            f"{model.config.vocab_size}"
+        )
+    if model.config.decoder is not None:
+        check_any_order(model.config.decoder)
+    return any_order.masked
 
 
 def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mesh | None = None) -> Callable[..., Loss]:

@@ -1,15 +1,18 @@
 """`mlm convert`: a published folder becomes a run that generates, and goes back; a failure leaves nothing behind."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import mlm
 from mlm.cli.main import main
 from mlm.data.vocabulary import load_vocabulary
+from tests.cli.train_test import RUN
 from tests.data.published_test import train
 from tests.interop import recipe
 
@@ -126,6 +129,42 @@ def test_a_converted_translator_is_told_both_languages(tmp_path, capsys):
     assert json.loads(output.read_text())["output"] == best.text
 
 
+def test_training_that_begins_with_a_converted_translator_keeps_its_ways(tmp_path, capsys):
+    """Sources, the forced token, and the way back to Hugging Face, ids and tokenizer as published."""
+    from dataclasses import replace
+
+    from mlm.checkpoints.run_directory import RunDirectory
+    from mlm.cli import configuration
+    from mlm.cli.train import _data_of_the_run, bind_all, configured, pretrain
+    from mlm.data.templates import PLACES
+
+    folder = with_tokenizer(tmp_path / "nllb", "m2m_100", ["eng_Latn", "fra_Latn"])
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "run")]) == 0
+    given = mlm.load(tmp_path / "run")
+    found = given.evaluate("tatoeba.translate.en.fr", num_examples=2, max_length=8)
+    assert [s["inputs"][:5] + s["targets"][:5] for s in found["samples"]] == ["<2en><2fr>"] * 2
+    (tmp_path / "run.gin").write_text(RUN)
+    bind_all()
+    changes = ["MIXTURE='tatoeba.translate.en.fr'", "train.steps=1", "run.run_dir='" + str(tmp_path / "tuned") + "'"]
+    resolved = configuration.resolve([str(tmp_path / "run.gin")], changes)
+    plan = configured()
+    data = replace(plan.data, vocabulary=str(tmp_path / "run" / "vocabulary.model"))
+    plan = replace(plan, model=given.config, data=data, initial=str(tmp_path / "run"))
+    assert pretrain(plan, resolved.text) == 0
+    tuned = mlm.load(tmp_path / "tuned")
+    assert tuned.own_template == given.own_template == PLACES["both"]
+    later = replace(plan, initial=None)  # as when the run is resumed, and the other one is gone
+    assert _data_of_the_run(later, RunDirectory(tmp_path / "tuned")).template == given.template
+    assert _data_of_the_run(later, RunDirectory(tmp_path / "new")).template is None
+    assert main(["convert", "to-hf", str(tmp_path / "tuned"), str(tmp_path / "out")]) == 0
+    assert "m2m_100" in capsys.readouterr().out
+    for name in ("sentencepiece.bpe.model", "special_tokens_map.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    table = "model.shared.weight"
+    assert 0 < np.abs(before[table] - after[table]).max() < 0.1  # a small step, and rows in the published order
+
+
 def test_a_converted_encoder_reads_and_writes_nothing(tmp_path, capsys):
     folder = with_tokenizer(tmp_path / "xlm_r", "xlm_r", [])
     command = ["convert", "from-hf", str(folder), str(tmp_path / "run")]
@@ -164,6 +203,39 @@ def test_errors_take_one_line_and_leave_nothing(published, run, tmp_path, capsys
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: rewrite(f / "config.json", model_type="m2m_100"), "config.json: "),
+        (lambda f: rewrite(f / "config.json", model_type="gpt2"), "model_type='gpt2' is no family"),
+        (lambda f: change(f, lambda t: t.pop("encoder.final_layer_norm.weight")), "layer_norm.weight is missing"),
+        (lambda f: change(f, lambda t: t.update({"lm_head.weight": np.zeros((3, 3), np.float32)})), "is (3, 3), the"),
+        (lambda f: os.truncate(f / "model.safetensors", 5000), "truncated"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "loading a pickle can run any code"),
+    ],
+    ids=["another family", "no family", "missing tensor", "wrong shape", "truncated", "pickle"],
+)
+def test_a_folder_that_is_not_what_it_says_becomes_no_run(published, tmp_path, capsys, spoil, message):
+    folder = shutil.copytree(published, tmp_path / "spoilt")
+    spoil(folder)
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "run")]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert said.err.count("mlm convert: ") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"spoilt"}
+
+
+def rewrite(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change(folder: Path, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
 def test_a_folder_without_tokenizer_says_what_to_do(published, tmp_path, capsys):
     config = json.loads((published / "config.json").read_text())
     config.pop("tokenizer_class")
@@ -176,8 +248,6 @@ def test_a_folder_without_tokenizer_says_what_to_do(published, tmp_path, capsys)
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     largest = max((p for p in (copy / "checkpoints/0/state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)

@@ -3,7 +3,7 @@
 import json
 
 from mlm.cli import main
-from mlm.decoding.config import METHODS, DecodeConfig
+from mlm.decoding.config import METHODS, PHRASES, DecodeConfig
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 from mlm.evaluation.hierarchy import RULES
@@ -44,10 +44,12 @@ def test_a_record_says_what_may_be_given_to_what(capsys):
         "aggregate": False,
         "seed": 0,
     }
-    assert found["postprocessor", "mbr"]["methods"] == ["sample", "beam", "diverse_beam"]
+    assert found["postprocessor", "mbr"]["methods"] == [name for name, m in METHODS.items() if "n_best" in m.options]
     assert found["postprocessor", "energy"]["methods"] == ["sample"]
     for record in records:
         assert record["summary"]
         if record["kind"] == "method":  # the defaults are the method's own
-            options = record["options"] | {"bad_words": (), "stop": ()}
-            assert DecodeConfig(method=record["name"], **options) == DecodeConfig(method=record["name"])
+            options = record["options"] | dict.fromkeys(PHRASES, ())
+            needed = {"value": len} if "value" in options else {}
+            own = DecodeConfig(method=record["name"], **needed)
+            assert DecodeConfig(method=record["name"], **options | needed) == own

@@ -96,6 +96,24 @@ def test_mistakes_are_one_line_and_write_nothing(folder, capsys, monkeypatch, ar
     assert not (folder / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["router.priority='score'", "router.capacity=1.0"], "priority='score' decides by later tokens"),
+        (["mesh.expert=8"], "experts=4 does not divide over expert=8"),
+        (["router.k=5"], "k=5 of experts=4"),
+    ],
+)
+def test_experts_that_cannot_be_trained_are_refused_in_one_line(folder, capsys, changes, said):
+    flags = [part for change in changes for part in ("--set", change)]
+    command = ["train", f"--gin_file={folder / 'sparse.gin'}", f"--run_dir={folder / 'other'}", *flags]
+    assert main(command) == 2
+    lines = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith("set ")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (folder / "other").exists()
+
+
 def test_another_model_is_no_beginning(folder, capsys):
     override = ["--set", f"run.initial={str(folder / 'dense')!r}", "--run_dir", str(folder / "other")]
     assert main(["train", f"--gin_file={folder / 'sparse.gin'}", *override]) == 2

@@ -38,6 +38,16 @@ def test_a_chosen_result_stands_alone_or_first_with_its_value(tiny_run, session,
     assert capsys.readouterr().out == "".join(f"{h.value:.4f}\t{h.score:.4f}\t{h.text}\n" for h in want)
 
 
+def test_phrases_are_held_and_a_stop_sequence_is_not_printed(tiny_run, session, capsys):
+    flags = ["--method", "constrained_beam", "--phrase", "two", "--phrase", "one", "--stop", "!", "--bad_words", "x"]
+    assert main(["generate", "Hi", "--run_dir", str(tiny_run), "--to", "fr", *flags, "--max_length", "12"]) == 0
+    held = {"phrases": [["two", "one"]], "stop": ["!"], "bad_words": ["x"]}
+    (want,) = session.generate("Hi", "fr", "constrained_beam", max_length=12, **held)
+    assert capsys.readouterr().out == want + "\n"
+    assert "two" in want
+    assert "one" in want
+
+
 def test_without_a_language_special_tokens_are_meant(tiny_run, session, capsys):
     assert main(["generate", "The <extra_id_0> sat", "--run_dir", str(tiny_run), "--max_length", "8"]) == 0
     assert capsys.readouterr().out == session.generate("The <extra_id_0> sat", max_length=8)[0] + "\n"
@@ -87,6 +97,11 @@ def test_bad_examples_are_named_before_anything_is_loaded(tmp_path, capsys, flag
         (["Hi", "--to", "frr"], 2, "did you mean"),
         (["Hi", "--to", "fr", "--method", "sample", "--top_p", "2"], 2, "top_p=2.0 must be in (0, 1]"),
         (["Hi", "--to", "fr", "--shots", "2"], 2, "--shots means nothing without --examples"),
+        (["Hi", "--to", "fr", "--stop", " "], 2, "--stop=' ' is empty"),
+        (["Hi", "--to", "fr", "--phrase", "a"], 2, "--phrase and --method constrained_beam belong together"),
+        (["Hi", "--to", "fr", "--method", "constrained_beam"], 2, "--phrase and --method constrained_beam belong"),
+        (["Hi", "--to", "fr", "--method", "constrained_beam", "--phrase", "a" * 99], 1, "may have 24"),
+        (["Hi", "--to", "fr", "--method", "value_guided_beam"], 2, "value=None must be a function"),
         (["Hi", "--to", "fr", "--step", "11"], 1, "complete checkpoints: 10, 20"),
         (["Hi", "--to", "fr", "--choose", "mbr"], 2, "--choose: there is nothing to choose from one result"),
         (["Hi", "--to", "fr", "--choose", "mbrr"], 2, "--choose: no way to choose named 'mbrr'"),

@@ -292,9 +292,46 @@ def test_examples_stand_before_every_line(tiny_run, tmp_path, capsys):
     assert "shots: 2 then, 1 now" in capsys.readouterr().err
 
 
+def test_every_line_holds_the_phrases_of_its_own(tiny_run, tmp_path, capsys):
+    import mlm
+
+    source, constraints, output = (tmp_path / name for name in ("in.txt", "phrases.tsv", "o.jsonl"))
+    texts = ["Good morning", "Yes", "\x01", "No", "Why", "So", "Well"]
+    source.write_text("\n".join(texts))
+    constraints.write_bytes(b"two\tone\n\nabc\nabc\t\n" + b"x" * 99 + b"\nab\xff\nthree\n")
+    flags = ["--run_dir", str(tiny_run), "--input", str(source), "--output", str(output), "--to", "fr", "--chunk", "3"]
+    flags += ["--method", "constrained_beam", "--constraints", str(constraints), "--max_length", "12"]
+    assert main(["infer", *flags]) == 0
+    found = records(output)
+    want = mlm.load(tiny_run).generate(
+        [texts[i] for i in (0, 1, 6)],
+        "fr",
+        "constrained_beam",
+        phrases=[["two", "one"], [], ["three"]],
+        max_length=12,
+    )
+    assert [r["output"] for r in found if "error" not in r] == want
+    assert "two" in want[0]
+    assert "three" in want[2]
+    errors = ["is empty", "the phrase '' is empty", "have 99 tokens", "its phrases: not valid UTF-8"]
+    assert all(error in r["error"] for error, r in zip(errors, found[2:6], strict=True))
+
+    constraints.write_text("another\n" * 7)
+    assert main(["infer", *flags]) == 1
+    assert "made with other settings (constraints: " in capsys.readouterr().err
+    constraints.write_text("another\n" * 5)
+    assert main(["infer", *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"--constraints={constraints} has 5 lines and --input={source} has 7: line 6" in error
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--constraints", "nowhere.tsv"], "--constraints and --method constrained_beam belong together"),
+        (["--method", "constrained_beam"], "--constraints and --method constrained_beam belong together"),
+        (["--constraints", "nowhere.tsv", "--method", "constrained_beam"], "nowhere.tsv is no file"),
+        (["--bad_words", ""], "--bad_words='' is empty"),
         (["--input", "nowhere.txt"], "nowhere.txt is no file"),
         (["--method", "beem"], "did you mean 'beam'"),
         (["--beams", "3"], "means nothing to method='greedy'"),

@@ -21,6 +21,16 @@ def test_the_list_names_families_and_sizes(capsys):
     assert "42+26" in lines["t5gemma_9b_2b"]
 
 
+def test_the_list_as_a_record_tells_all_parameters_from_those_that_a_token_meets(capsys):
+    records = {record["name"]: record for record in json.loads(shown(capsys, "list", "--json"))}
+    dense, sparse = records["t5_base"], records["switch_base_128"]
+    assert (dense["family"], sparse["family"]) == ("T5", "Switch")
+    assert dense["active_parameters"] == dense["parameters"] == 222_903_552
+    # One expert of 128 in every other of 24 layers is T5's own network; what is more are 12 routers of 768 x 128.
+    assert sparse["active_parameters"] == 222_903_552 + 12 * 768 * 128
+    assert sparse["parameters"] == sparse["active_parameters"] + 12 * 127 * 2 * 768 * 3072
+
+
 def test_a_preset_says_its_parameters_and_what_a_device_holds(capsys):
     text = shown(capsys, "show", "mt5_small", "--mesh", "fsdp=8", "--optimizer", "adamw")
     assert "300,176,768 parameters" in text
@@ -60,6 +70,7 @@ def test_a_batch_compiles_a_step_for_devices_of_the_mesh(capsys):
         ("show mt5_smal", "did you mean 'mt5_small'"),
         ("show tiny --mesh fdsp=2", "no axis 'fdsp'; did you mean 'fsdp'"),
         ("show tiny --mesh fsdp=3", "embed=128 does not divide over fsdp=3"),
+        ("show switch_base_8 --mesh data=2,expert=3", "experts=8 does not divide over expert=3"),
         ("show tiny --lengths 512", "give both, as 512,114"),
         ("show tiny --optimizer adam", "no optimizer named 'adam'; did you mean 'adamw'"),
         ("show tiny --remat ful", "did you mean 'full'"),

@@ -220,6 +220,7 @@ def one_line(screen: str) -> str:
         ("data.vocabulary=nowhere.model", "nowhere.model"),
         ("data.shards=3", "batch_size=8 rows do not divide over shards=3"),
         ("data.targets_length=5", "raise targets_length to"),
+        ("run.initial='nowhere'", "nowhere is not the directory of a run"),
         ("run.evaluation_split=validaton", "no task of tatoeba.denoise.fr has a split 'validaton'"),
     ],
 )
@@ -228,6 +229,26 @@ def test_a_wrong_configuration_is_one_line_and_code_2(train, tmp_path, override,
     assert code == 2, screen
     assert message in one_line(screen)
     assert not (tmp_path / "run").exists()
+
+
+def test_norms_behind_the_residuals_need_a_rate_that_warms_up():
+    from dataclasses import replace
+
+    from mlm.cli.train import Plan, _check_warmup
+    from mlm.models.presets import preset
+    from mlm.models.specs import ResidualSpec
+    from mlm.training.schedules import make_schedule
+
+    model = preset("tiny")
+    post, deep = (replace(model.decoder, residual=ResidualSpec(order="post", alpha=a)) for a in (1.0, 1.6))
+    flat, warm = (make_schedule("constant", learning_rate=0.1, warmup_steps=n) for n in (0, 100))
+    plan = Plan(model=model, data=None, train=None, optimizer=lambda axes, shapes: None, schedule=flat, run_dir="")
+    bare = replace(plan, model=replace(model, decoder=post))
+    deepened = replace(plan, model=replace(model, decoder=deep))
+    for sound in (plan, deepened, replace(bare, schedule=warm), replace(bare, initial="a run")):
+        _check_warmup(sound)
+    with pytest.raises(ValueError, match=r"^decoder: norms after each residual.* set schedule.warmup_steps"):
+        _check_warmup(bare)
 
 
 def test_another_vocabulary_in_the_run_names_both_hashes(finished, train):

@@ -73,7 +73,7 @@ def test_padding_is_zero_everywhere():
 
 def test_a_row_by_hand():
     packer = Packer(6, 5, open_rows=2)
-    packer.add(Example(np.array([7, 8, 1], np.int32), np.array([9, 1], np.int32), 4, 2, 3))
+    packer.add(Example(np.array([7, 8, 1], np.int32), np.array([9, 1], np.int32), 4, 2, 3, start=11))
     packer.add(Example(np.array([5, 1], np.int32), np.array([6, 3, 1], np.int32), 5, 1, 5))
     batch = packer.take(1)  # the target side is full, so the row is complete
     expected = {
@@ -81,7 +81,7 @@ def test_a_row_by_hand():
         "encoder_segment_ids": [1, 1, 1, 2, 2, 0],
         "encoder_positions": [0, 1, 2, 0, 1, 0],
         "encoder_language_ids": [3, 3, 3, 5, 5, 0],
-        "decoder_input_tokens": [0, 9, 0, 6, 3],
+        "decoder_input_tokens": [11, 9, 0, 6, 3],
         "decoder_target_tokens": [9, 1, 6, 3, 1],
         "decoder_loss_weights": [1, 1, 1, 1, 1],
         "decoder_segment_ids": [1, 1, 2, 2, 2],

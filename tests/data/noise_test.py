@@ -330,5 +330,7 @@ def test_cut_and_frame():
     assert frame(pieces, 3).to_list() == [[10, 11, 1], [13, 14, 1], [16, 1]]
     assert frame(pieces, 4, [99]).to_list() == [[99, 10, 11, 1], [99, 13, 14, 1], [99, 16, 1]]
     assert frame(pieces, None).to_list() == [[10, 11, 12, 1], [13, 14, 15, 1], [16, 1]]
+    assert frame(pieces, 4, [], [1, 98]).to_list() == [[10, 11, 1, 98], [13, 14, 1, 98], [16, 1, 98]]
+    assert frame(pieces, 3, [99], []).to_list() == [[99, 10, 11], [99, 13, 14], [99, 16]]
     with pytest.raises(ValueError, match="a length of 2 tokens has no room"):
         frame(pieces, 2, [99])

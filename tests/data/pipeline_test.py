@@ -9,18 +9,25 @@ import pytest
 import seqio
 import tensorflow as tf
 
+from mlm.data.languages import LANGUAGES as table_of_languages
 from mlm.data.languages import language_id
+from mlm.data.once import examples_once
 from mlm.data.pipeline import BatchIterator, DataConfig
 from mlm.data.prefetch import Prefetcher
 from mlm.data.preprocessors import add_ids
+from mlm.data.readers import in_template
+from mlm.data.recipes import Lengths, with_vocabulary
 from mlm.data.registration import (
     add_denoising_tasks,
     add_translation_tasks,
     default_vocabulary,
     features,
+    get,
     register_mixture,
 )
 from mlm.data.sources import Layout, PublishedSource, TableSource, read_aligned_lines
+from mlm.data.templates import EOS, FROM, PLACES, TEXT, TO, Template
+from mlm.data.vocabulary import ByteVocabulary
 from mlm.types import ROW_FEATURES
 
 LANGUAGES = ("fr", "sw", "th", "ru")
@@ -227,6 +234,69 @@ def test_a_place_in_other_data_is_refused(registered, change, message):
     saved = BatchIterator(CONFIG).state()
     with pytest.raises(ValueError, match=message):
         BatchIterator(dataclasses.replace(CONFIG, **change)).restore(saved)
+
+
+MBART = Template((TEXT, EOS, FROM), start=TO)
+BOS = Template(("<bos>", TEXT))
+TOLD = ByteVocabulary(sentinels=100, languages=["en", "fr", "sw", "th", "ru", "de"], extra_tokens=["<bos>"])
+
+
+@pytest.mark.parametrize(("template", "ends"), [(PLACES["both"], 1), (MBART, 1), (BOS, 0)])
+def test_all_that_a_run_reads_is_in_its_template(registered, tmp_path, template, ends):
+    """Denoised and translated, from memory, from files and by SeqIO itself; and the batch is as the examples."""
+    TOLD.save(tmp_path / "vocabulary.json")
+    lengths, codes = Lengths(40, 24), {record.code: i for i, record in enumerate(table_of_languages)}
+    names = {"pt.denoise.fr": ("fr", "fr"), "pt.translate.en.sw": ("en", "sw"), "pt.denoise.de": ("de", "de")}
+    found = dict(examples_once(list(names), "train", TOLD, lengths, limit=5, template=template))
+    for name, (source, target) in names.items():
+        told = {FROM: source, TO: target} if template.asks_for else {TO: None, FROM: None}
+        frame = template.frame(TOLD, told[TO], told[FROM])
+        for example in found[name]:
+            inputs, targets = example.inputs.tolist(), example.targets.tolist()
+            assert inputs[: len(frame.before)] == frame.before
+            assert inputs[len(inputs) - len(frame.after) :] == frame.after
+            assert inputs.count(1) == ends
+            assert targets[: len(frame.prompt)] == frame.prompt
+            assert (targets[-1], targets.count(1)) == (1, 1)
+            assert (example.start, example.language) == (frame.start or 0, codes[target])
+            assert max(len(inputs) - 40, len(targets) - 24) <= 0
+    (english,) = {"".join(filter(str.isdigit, TOLD.decode(e.inputs.tolist()))) for e in found["pt.translate.en.sw"][:1]}
+    assert english.endswith("000")
+    task = with_vocabulary(in_template(get("pt.translate.en.sw"), template), TOLD)
+    by_seqio = next(task.get_dataset(lengths._asdict(), "train", shuffle=False).as_numpy_iterator())
+    first = found["pt.translate.en.sw"][0]
+    assert by_seqio["inputs"].tolist() == first.inputs.tolist()
+    assert (by_seqio["targets"].tolist(), by_seqio["start"]) == (first.targets.tolist(), first.start)
+
+    config = dataclasses.replace(CONFIG, template=template, vocabulary=str(tmp_path / "vocabulary.json"), shards=1)
+    batches = BatchIterator(config)
+    batch = next(batches)
+    begins = (batch["decoder_positions"] == 0) & (batch["decoder_segment_ids"] > 0)
+    starts = [
+        0 if template.start is None else TOLD.language_token(table_of_languages[i].code)
+        for i in batch["decoder_language_ids"][begins]
+    ]
+    assert batch["decoder_input_tokens"][begins].tolist() == starts
+    if template.asks_for:
+        begins = (batch["encoder_positions"] == 0) & (batch["encoder_segment_ids"] > 0)
+        assert np.isin(batch["encoder_input_tokens"][begins], list(TOLD.language_tokens.values())).all() == (
+            template is not MBART
+        )
+    saved, expected = batches.state(), next(batches)
+    assert_equal([next(BatchIterator(config).restore(saved))], [expected])
+    with pytest.raises(ValueError, match="belongs to other data"):
+        BatchIterator(dataclasses.replace(config, template=None)).restore(saved)
+
+
+def test_a_template_that_a_task_cannot_follow_is_refused(registered, tmp_path):
+    config = dataclasses.replace(CONFIG, mixture="pt.plain", template=MBART)
+    with pytest.raises(ValueError, match=r"'pt.plain' has preprocessors of its own.* begin with {to}.*add_task"):
+        BatchIterator(config)
+    next(BatchIterator(dataclasses.replace(config, template=PLACES["both"], shards=1)))
+    ByteVocabulary(sentinels=100, languages=["en"]).save(tmp_path / "vocabulary.json")
+    config = dataclasses.replace(CONFIG, vocabulary=str(tmp_path / "vocabulary.json"), mixture="pt.few", template=MBART)
+    with pytest.raises(KeyError, match="no token <2fr>"):
+        BatchIterator(config)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import pytest
 from mlm.decoding.antirepetition import FSD, ContrastiveSearch, DiscreteFSD
 from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.config import METHODS, DecodeConfig
+from mlm.decoding.constrained import ConstrainedBeam
+from mlm.decoding.guided import ValueGuidedBeam
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.selectors import Greedy, Sample
 
@@ -15,6 +17,10 @@ def test_every_method_builds_its_selector():
     assert DecodeConfig(method="beam", beams=5, alpha=1.0, n_best=2).selector() == Beam(5, 1.0, 2)
     options = {"beams": 6, "groups": 3, "diversity": 1.5, "alpha": 0.2, "n_best": 2}
     assert DecodeConfig(method="diverse_beam", **options).selector() == DiverseBeam(6, 3, 1.5, 0.2, 2)
+    options = {"beams": 6, "alpha": 0.2, "n_best": 2}
+    assert DecodeConfig(method="constrained_beam", **options).selector() == ConstrainedBeam(6, 0.2, 2)
+    options |= {"value": len, "likelihood": 0.3, "valued": 7}
+    assert DecodeConfig(method="value_guided_beam", **options).selector() == ValueGuidedBeam(len, 0.3, 7, 6, 0.2, 2)
     assert DecodeConfig(method="contrastive_search").selector() == ContrastiveSearch(0.6, 5)
     assert DecodeConfig(method="fsd", penalty_alpha=0.0).selector() == FSD(0.0, 5, 2)
     options = {"penalty_alpha": 0.3, "candidates": 4, "ngram": 5, "smoothing": 0.7}
@@ -48,8 +54,8 @@ def test_options_name_fields():
         ({"method": "sample", "temperature": 0.0}, "use method='greedy'"),
         ({"method": "sample", "temperature": -1.0}, "above 0"),
         ({"temperature": 0.7}, "means nothing to method='greedy'"),
-        ({"beams": 5}, r"choose one of \['beam', 'diverse_beam'\]"),
-        ({"n_best": 2}, r"choose one of \['sample', 'beam', 'diverse_beam'\]"),
+        ({"beams": 5}, r"choose one of \['beam', 'diverse_beam'"),
+        ({"n_best": 2}, r"choose one of \['sample', 'beam', 'diverse_beam'"),
         ({"method": "beam", "top_k": 5}, "means nothing to method='beam'"),
         ({"method": "beam", "beams": 2, "n_best": 3}, "exceeds beams=2"),
         ({"method": "diverse_beam", "n_best": 5}, "exceeds beams=4"),
@@ -73,6 +79,7 @@ def test_options_name_fields():
         ({"typical": 0.9}, r"choose one of \['sample'\]"),
         ({"bad_words": ((5,), ())}, "a tuple of phrases"),
         ({"bad_words": ((-5,),)}, "a tuple of phrases"),
+        ({"stop": ((),)}, "a tuple of phrases"),
         ({"penalty_alpha": 0.6}, r"choose one of \['contrastive_search', 'fsd', 'fsd_d'\]"),
         ({"method": "contrastive_search", "penalty_alpha": 1.1}, r"in \[0, 1\]"),
         ({"method": "contrastive_search", "candidates": 0}, "at least 1"),

@@ -13,13 +13,20 @@ from jax.sharding import PartitionSpec as P
 
 from mlm.decoding.config import METHODS, DecodeConfig
 from mlm.decoding.generate import Generator
+from mlm.decoding.phrases import constraints
 from mlm.decoding.proposers import PROPOSERS
 from mlm.models.families import sparse, t5_style
 from mlm.models.specs import RouterSpec
 from mlm.models.transformer import Transformer
 
 LENGTH = 8
-OPTIONS = {"sample": {"n_best": 2, "top_p": 0.95, "seed": 5}, "beam": {"n_best": 2}, "diverse_beam": {"n_best": 3}}
+OPTIONS = {
+    "sample": {"n_best": 2, "top_p": 0.95, "seed": 5},
+    "beam": {"n_best": 2},
+    "diverse_beam": {"n_best": 3},
+    "value_guided_beam": {"value": lambda tokens, length, hidden: hidden[:, 0]},
+}
+GIVEN = {"constrained_beam": constraints([[[4]], [], [[5, 6]], [[9], [3]], [], [[7]], [[2]], []])}
 PROMPTS = [[7], [], [2, 9, 4], [3, 3], [8, 2], [5], [6, 7, 8, 9, 10], [11]]
 FAST = {"sample", "beam"}  # others that `loop_test` does not run; the rest are slow tests
 
@@ -43,12 +50,14 @@ def test_one_row_is_itself_among_eight_and_on_eight_devices(experts, sources, me
     model, params = experts
     config = DecodeConfig(method=method, max_length=LENGTH, **OPTIONS.get(method, {}))
     generator = Generator(model, config)
-    together = generator(params, sources, prompts=PROMPTS)
+    given = GIVEN.get(method, {})
+    together = generator(params, sources, prompts=PROMPTS, given=given)
     for i in (1, 6):
-        same(generator(params, [sources[i]], prompts=[PROMPTS[i]], ids=[i]), together, slice(i, i + 1))
+        own = {name: x[i : i + 1] for name, x in given.items()}
+        same(generator(params, [sources[i]], prompts=[PROMPTS[i]], ids=[i], given=own), together, slice(i, i + 1))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = Generator(model, config, rows=NamedSharding(mesh, P("data")))
-    same(spread(jax.device_put(params, NamedSharding(mesh, P())), sources, prompts=PROMPTS), together)
+    same(spread(jax.device_put(params, NamedSharding(mesh, P())), sources, prompts=PROMPTS, given=given), together)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
+from mlm.decoding.phrases import constraints
 from tests.decoding.conftest import METHODS
 
 EOS = 1
@@ -101,6 +102,8 @@ def test_eight_devices_give_the_tokens_of_one(tiny, sources, config, data, tenso
 SEARCHES = {
     "beam": {"beams": 4, "n_best": 3},
     "diverse_beam": {"beams": 4, "n_best": 3},
+    "constrained_beam": {"beams": 4, "n_best": 3},
+    "value_guided_beam": {"beams": 4, "n_best": 3, "value": lambda tokens, length, hidden: hidden[:, 0]},
     "contrastive_search": {},
     "fsd": {"ngram": 3},
     "fsd_d": {},
@@ -119,13 +122,14 @@ def test_searches_stay_inside_their_shard(tiny, method):
         "source_lengths": np.full(8, 8, np.int32),
         "limits": np.full(8, 10, np.int32),
         "ids": np.arange(8, dtype=np.int32),
+        "given": constraints([[[7, 8], [9]]] * 8) if method == "constrained_beam" else {},
     }
     inputs = jax.device_put(inputs, NamedSharding(mesh, P("data")))
     params = jax.device_put(tiny.params, NamedSharding(mesh, P()))
     compiled = generator._run.lower(params, inputs).compile()
     moved = re.findall(r"= (\S+) (all-gather|all-to-all|collective-permute|all-reduce)\(", compiled.as_text())
     assert moved == [("pred[]", "all-reduce")]
-    if method not in METHODS:  # these have a test of their own for this
+    if method not in METHODS and method != "constrained_beam":  # these have tests of their own for this
         eight, one = compiled(params, inputs), tiny.decode(config, sources)
         np.testing.assert_array_equal(eight.tokens, one.tokens)
         np.testing.assert_allclose(eight.scores, one.scores, rtol=1e-5)

@@ -53,7 +53,7 @@ def test_decoding_reports_the_scores_of_what_it_returns(tiny, sources):
 def test_examples_share_rows_and_a_decoder_alone_reads_the_source_first(tiny, sources):
     """The targets' 24 tokens fill three rows of eight."""
     rows = packed(sources, TARGETS, (16, 8))
-    assert sorted(piece.index for pieces in rows for piece in pieces) == list(range(8))
+    assert sorted(piece.example for pieces in rows for piece in pieces) == list(range(8))
     assert len(rows) == 3
     config = llama_style(
         d_model=16, d_ff=16, heads=2, kv_heads=2, layers=1, vocab_size=12, rope=PositionSpec(kind="rope")

@@ -94,6 +94,12 @@ def test_damaged_and_dangerous_files_are_refused(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConversionError, match=r"2 of 2 files.*are missing"):
         open_published(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ConversionError, match=r"has no 'weight_map' of tensor names and files"):
+        open_published(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ConversionError, match=r"holds a list, not a JSON object"):
+        open_published(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ConversionError, match=r"is not JSON"):
         open_published(folder)

@@ -124,6 +124,28 @@ def test_other_arrays_are_refused(change, message, tmp_path):
         open_t5x(write(tmp_path / "t5x", content))
 
 
+def test_activations_that_nobody_knows_are_refused(tmp_path):
+    folder = write(tmp_path / "t5x", arrays("t5_1_1", False))
+    (folder / "config.gin").write_text("network.T5Config.mlp_activations = ('tanh', 'linear')\n")
+    with pytest.raises(ConversionError, match=r"mlp_activations=\('tanh', 'linear'\): known are"):
+        open_t5x(folder)
+
+
+def test_a_pickle_is_no_tree(tmp_path):
+    """Nor is it run: msgpack knows no code."""
+    import pickle
+
+    class Harm:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    folder = write(tmp_path / "t5x", arrays("t5", False))
+    (folder / "checkpoint").write_bytes(pickle.dumps(Harm()))
+    with pytest.raises(ConversionError, match=r"is no msgpack file of T5X|not the tree"):
+        open_t5x(folder)
+    assert not (tmp_path / "owned").exists()
+
+
 def test_incomplete_copies_are_refused(tmp_path):
     import shutil
 

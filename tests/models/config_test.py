@@ -55,6 +55,7 @@ PUBLISHED = {
     # 270M: 262144*640 + 2 * (18 * (2*640*1024 + 2*640*256 + 3*640*2048 + 4*640 + 512) + 640) = 368,424,192.
     "gemma_3_270m": 268_098_176,
     "gemma_3_1b": 999_885_952,
+    "gemma_3_4b": 3_880_099_328,
     "t5gemma2_270m": 368_424_192,
     "t5gemma2_1b": 1_697_782_016,
     "t5gemma2_4b": 7_089_110_016,
@@ -64,22 +65,36 @@ PUBLISHED = {
     "nllb_1_3b": 1_370_638_336,
     "nllb_3_3b": 3_344_863_232,
     "m2m_100_418m": 483_905_536,
+    "m2m_100_1_2b": 1_239_470_080,
     "mbart_50": 610_879_488,
     # As NLLB: 128009*2048 + 24*(12 d^2 + 4 d f + 24 d + 2 f) + 4d, with d = 2048 and f = 16384.
     "wmt21_dense_24_wide": 4_693_321_728,
     # Vd + L (2 d h d_h + 2 d kv d_h + 3 d f + 4 d) + d for the encoder; the decoder's layers add 2 d h d_h (query and
     # output), 2 D kv d_h (keys and values of the encoder's width D) and 2 d. 9B: 42 layers of 3584, 2B: 26 of 2304:
     # 917,504,000 + 42 * 198,195,200 + 3,584 = 9,241,705,984; 589,824,000 + 26 * (77,865,984 + 16,781,824) + 2,304.
+    # s: V = 256000; 2 * 131,072,000 + 8 * (4*512^2 + 3*512*1024 + 4*512) + 8 * (8*512^2 + 3*512*1024 + 6*512) + 1024.
+    "t5gemma_s_s": 312_517_632,
+    "t5gemma_b_b": 591_490_560,
+    "t5gemma_l_l": 1_241_761_792,
+    "t5gemma_ml_ml": 2_200_345_344,
+    "t5gemma_xl_xl": 3_766_980_608,
     "t5gemma_2b_2b": 5_596_853_760,
     "t5gemma_9b_2b": 12_292_375_296,
     "t5gemma_9b_9b": 20_333_401_088,
     # t5_base with E experts in place of 12 of 24 networks: 222,903,552 + 12 ((E - 1) 2 d f + d E); Switch-C: of all 30.
     "switch_base_8": 619_339_008,
+    "switch_base_16": 1_072_397_568,
+    "switch_base_32": 1_978_514_688,
+    "switch_base_64": 3_790_748_928,
     "switch_base_128": 7_415_217_408,
     "switch_base_256": 14_664_154_368,
     "switch_large_128": 26_309_291_008,
     "switch_xxl": 394_675_073_024,
     "switch_c": 1_571_327_875_360,
+    # T5 1.1 and, every fourth layer of each stack, E networks more with their router and a norm: base has
+    # 247,577,856 + 6 * (16 * 3*768*2048 + 16*768 + 768), XL 2,849,757,184 + 12 * (16 * 3*2048*5120 + 16*2048 + 2048).
+    "st_moe_base": 700_641_024,
+    "st_moe_xl": 8_889_972_736,
     "st_moe_32b": 269_104_613_376,
     # 3,344,863,232 of nllb_3_3b + 12 (127 (2 d f + f + d) + 128 d): 54.5 billion, as published.
     "nllb_moe_54b": 54_500_569_088,
@@ -101,12 +116,19 @@ PUBLISHED = {
     "llama_3_2_3b": 3_212_749_824,
     # Vd + L (4d^2 + 3 d f + 9d + 2f) + 2d: 150528*12288 = 1,849,688,064; 70 * 1,812,115,456; 24,576.
     "glm_130b": 128_697_794_560,
+    # Not published as a number; d = 620, n = 1000 units. Tables and head 3 * 30000 d; encoder 6 (d n + n^2 + n) gates,
+    # 2 n d out, 2 d norms; decoder 3 (2 d n + n^2 + n), context d^2, key, out and start 3 d n, query n^2, score n, 2 d.
+    "rnnsearch_50": 55_800_000 + 10_967_240 + 9_969_640,
 }
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_presets_have_the_published_parameter_counts(name):
     assert trees.count(Transformer(preset(name)).shapes()) == PUBLISHED[name]
+
+
+def test_every_preset_is_counted():
+    assert set(PRESETS) - set(PUBLISHED) == {"tiny"}  # which is nobody's
 
 
 def test_every_preset_builds_and_survives_json():
@@ -175,6 +197,14 @@ ROPE = PositionSpec(kind="rope")
         (lambda: EmbeddingSpec(length=8), r"positions='none' with length=8"),
         (lambda: dataclasses.replace(TINY.encoder, rest=1), r"rest=1 must be less than the group's 1 layers"),
         (lambda: StackConfig(group=(LAYER, OTHER), repeats=1, causal=False), r"heads and buckets must agree"),
+        (
+            lambda: LayerSpec(sublayers=(AttentionSpec(source="joint", heads=2, head_dim=4), CROSS, FFNSpec(d_ff=8))),
+            r"holds no cross-attention as well",
+        ),
+        (
+            lambda: dataclasses.replace(preset("t5gemma2_270m"), head=HeadSpec(kind="tied", multiply=0.5)),
+            r"not twice: embedding.multiply=25.2982 .* and head.multiply=0.5",
+        ),
         (lambda: dataclasses.replace(TINY, encoder=None, decoder=None), r"found neither"),
         (lambda: dataclasses.replace(TINY, encoder=None), r"there is no encoder to read"),
         (lambda: dataclasses.replace(TINY, encoder_width=64), r"encoder_width=64 .*share_embedding=False"),

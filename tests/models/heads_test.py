@@ -96,6 +96,7 @@ def fitted(model, targets):
     return float(jax.jit(lambda p: jax.lax.scan(step, p, length=400))(params)[1][-1])
 
 
+@pytest.mark.filterwarnings("ignore:tokens that share a column")
 def test_tokens_of_a_column_share_their_probability_and_cannot_cost_less_than_their_number():
     """12 tokens by fours, and one alone: (12 ln 4 + 0) / 13. The head learns its clusters to perfection and no more."""
     clusters = tuple(i // 4 for i in range(V))
@@ -109,6 +110,7 @@ def test_tokens_of_a_column_share_their_probability_and_cannot_cost_less_than_th
     assert fitted(coded(codes=4, groups=2), jnp.arange(V)[None, :, None]) < 0.7 * want
 
 
+@pytest.mark.filterwarnings("ignore:tokens that share a column")
 def test_a_bias_tells_the_tokens_of_a_column_apart_by_frequency_alone():
     """One cluster of all, targets a, a, a, b: the entropy of (3/4, 1/4), where without a bias it is ln 13."""
     targets = jnp.where(jnp.arange(V) % 4 == 3, 5, 2)[None, :, None]
@@ -118,6 +120,14 @@ def test_a_bias_tells_the_tokens_of_a_column_apart_by_frequency_alone():
     assert fitted(coded(codes=1), targets) == pytest.approx(np.log(V), abs=1e-4)
 
 
+def test_a_floor_is_said_before_training():
+    """13 tokens over 4 columns by runs of ids: 4, 3, 3 and 3 of them. (4 ln 4 + 9 ln 3) / 13 = 1.187."""
+    with pytest.warns(UserWarning, match=r"codes=4, groups=1.* at least 1.19 nats; use more groups, or bias=True"):
+        coded(codes=4)
+    coded(codes=4, groups=2), coded(codes=4, bias=True)  # a warning is an error in this suite
+
+
+@pytest.mark.filterwarnings("ignore:tokens that share a column")
 @pytest.mark.parametrize("head", [{"codes": 3}, {"codes": 4, "groups": 2}, {"codes": 3, "groups": 3}], ids=str)
 def test_few_products_are_those_of_the_spread_matrix(head):
     model = coded(**head)
