@@ -66,6 +66,7 @@ def parse_grid(text: str) -> tuple[str, Grid]:
     if method not in METHODS:
         raise UsageError(f"--grid={text!r}: no decoding method named {method!r}; {nearest(method, METHODS)}")
     grid: dict[str, tuple] = {}
+    defaults = DecodeConfig(method=method)
     for part in filter(None, map(str.strip, rest.split(";"))):
         name, equals, values = (piece.strip() for piece in part.partition("="))
         allowed = [option for option in (*ALWAYS, *METHODS[method].options) if option != "method"]
@@ -74,8 +75,8 @@ def parse_grid(text: str) -> tuple[str, Grid]:
         if name == "seed":
             raise UsageError(f"--grid={text!r}: seeds are averaged over, not compared; say --seeds 5")
         if not equals or not values:
-            raise UsageError(f"--grid={text!r}: {name} needs values, as {name}={getattr(DEFAULTS, name)}")
-        grid[name] = tuple(_value(name, value.strip(), text) for value in values.split(","))
+            raise UsageError(f"--grid={text!r}: {name} needs values, as {name}={getattr(defaults, name)}")
+        grid[name] = tuple(_value(name, value.strip(), getattr(defaults, name), text) for value in values.split(","))
     return method, grid
 
 
@@ -105,9 +106,8 @@ def tried(grids: Mapping[str, Sequence[Grid]]) -> dict[tuple[str, str], tuple]:
     return values
 
 
-def _value(name: str, text: str, grid: str) -> Any:
+def _value(name: str, text: str, default: Any, grid: str) -> Any:
     """A value of the type of the option's default."""
-    default = getattr(DEFAULTS, name)
     kind = type(default)
     try:
         if kind in (int, float, str):

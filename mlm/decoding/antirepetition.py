@@ -50,7 +50,7 @@ class _Penalised:
 class Siblings(NamedTuple):
     """What contrastive search carries."""
 
-    states: Float[Array, "R T D"]
+    states: Float[Array, "R T D"]  # of length 1
     token: Int[Array, "R k"]  # the candidates for the next place
     length: Int[Array, "R"]  # of the row whose next place that is; -1: there are none yet
 
@@ -69,7 +69,7 @@ class ContrastiveSearch(_Penalised, NoGuesses):
         return Tree((-1, *[0] * self.candidates))
 
     def init(self, start: Start):
-        states = _room(start)
+        states = _unit(_room(start))
         rows = states.shape[0]
         none = jnp.full((rows, self.candidates), -1, jnp.int32)
         return jnp.zeros(rows, jnp.float32), Siblings(states, none, jnp.full(rows, -1, jnp.int32))
@@ -83,8 +83,8 @@ class ContrastiveSearch(_Penalised, NoGuesses):
         assert isinstance(state.seen, Seen)
         assert state.seen.below is not None
         states, token, length = state.search
-        states = _with_newest(states, state)
-        cosine = jnp.einsum("RkD,RTD->RkT", _unit(state.seen.below), _unit(states))
+        states = _with(states, state.length, _unit(state.seen.hidden))
+        cosine = jnp.einsum("RkD,RTD->RkT", _unit(state.seen.below), states)
         earlier = jnp.arange(states.shape[1])[None] <= state.length[:, None]
         penalty = jnp.max(jnp.where(earlier[:, None], cosine, -1.0), axis=-1)
         fed = length == state.length
@@ -111,7 +111,8 @@ class FSD(_Penalised):
         return jnp.zeros(start.ids.shape, jnp.float32), _room(start)
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
-        states = _with_newest(state.search, state)
+        assert isinstance(state.seen, Seen)
+        states = _with(state.search, state.length, state.seen.hidden.astype(jnp.float32))
         token = top_k(processed, self.candidates)[1]
         penalty = self.penalty(token, states, state)
         return emitted(state, logits, self.best(processed, token, penalty))._replace(search=states)
@@ -172,11 +173,9 @@ def _room(start: Start) -> Float[Array, "R T D"]:
     return jnp.pad(states, ((0, 0), (0, start.max_length - states.shape[1]), (0, 0)))
 
 
-def _with_newest(states: Float[Array, "R T D"], state: State) -> Float[Array, "R T D"]:
-    """With the state behind the newest token in its place; a row without room for more is done, and stays."""
-    assert isinstance(state.seen, Seen)
-    put = jax.vmap(lambda row, place, new: row.at[place].set(new, mode="drop"))
-    return put(states, state.length, state.seen.hidden.astype(jnp.float32))
+def _with(states: Float[Array, "R T D"], place: Int[Array, "R"], new: Float[Array, "R D"]) -> Float[Array, "R T D"]:
+    """With one more state in its place; a row without that place is done, and stays."""
+    return jax.vmap(lambda row, at, state: row.at[at].set(state, mode="drop"))(states, place, new)
 
 
 def _unit(x: Float[Array, "*s D"]) -> Float[Array, "*s D"]:

@@ -81,7 +81,10 @@ class Start(NamedTuple):
 
 @runtime_checkable
 class Selector(Protocol):
-    """Chooses the next token of every row from logits. Hashable, so that compiled functions are reused."""
+    """Chooses the next token of every row from logits. Hashable, so that compiled functions are reused.
+
+    One that is a `Proposer` too has its guesses read in the same pass and chooses among them, by the states behind.
+    """
 
     @property
     def group(self) -> int:

@@ -88,7 +88,7 @@ METHODS = {
 }
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=["greedy", "sample", "beam", pytest.param("contrastive_search", marks=pytest.mark.slow)])
 def config(request) -> DecodeConfig:
     """One config per method."""
     return DecodeConfig(method=request.param, max_length=LENGTH, **METHODS[request.param])
