@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlm.decoding.beam import Beam, DiverseBeam
+from mlm.decoding.members import MEANS
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.selectors import Greedy, Sample
@@ -23,12 +24,13 @@ class Method(NamedTuple):
 
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
 _GUESSING = ("proposer", "guesses")
+_RESHAPING = ("repetition_penalty", "contrast", "contrast_alpha", "contrast_beta", "dola_layers", "language_bias")
 METHODS: Registry[Method] = Registry(
     "decoding method",
-    greedy=Method(lambda c: Greedy(), ("repetition_penalty", *_GUESSING), "the most probable token at every step"),
+    greedy=Method(lambda c: Greedy(), (*_RESHAPING, *_GUESSING), "the most probable token at every step"),
     sample=Method(
         lambda c: Sample(c.n_best, c.seed),
-        ("n_best", "seed", "repetition_penalty", "temperature", *_TRUNCATIONS, *_GUESSING),
+        ("n_best", "seed", *_RESHAPING, "temperature", *_TRUNCATIONS, *_GUESSING),
         "draws from the model's distribution, reshaped by temperature and truncations",
     ),
     beam=Method(
@@ -43,7 +45,17 @@ METHODS: Registry[Method] = Registry(
     ),
 )
 # What forbids tokens and reshapes nothing means something to every method.
-ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words", "stop")
+ALWAYS = (
+    "method",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram",
+    "bad_words",
+    "stop",
+    "language_mask",
+    "ensemble_mean",
+)
+CONTRASTS = ("none", "model", "language")
 PHRASES = ("bad_words", "stop")  # options that are phrases
 
 
@@ -75,6 +87,13 @@ class DecodeConfig:
     no_repeat_ngram: int = 0  # n-grams that may not occur twice; 0: off
     bad_words: tuple[tuple[int, ...], ...] = ()  # phrases of token ids that may not be written
     stop: tuple[tuple[int, ...], ...] = ()  # phrases of token ids behind which a text ends, as behind EOS
+    language_mask: bool = False  # only tokens of the language to be written
+    language_bias: float = 0.0  # weight of the log-frequency of a token in that language; 0: off
+    contrast: str = "none"  # with whom: "model", a weaker one; "language", itself when told another language
+    contrast_alpha: float = 0.1  # contrasts choose among tokens at least this share of the best
+    contrast_beta: float = 0.5  # (1 + beta) of the model's logits less beta of the others'
+    dola_layers: tuple[int, ...] = ()  # counts of decoder layers: contrast with what the head makes of one of these
+    ensemble_mean: str = "probabilities"  # of several models, out of `MEANS`
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
     guesses: int = 8  # tokens guessed a pass
@@ -89,7 +108,9 @@ class DecodeConfig:
                     f"{field.name}={value!r} means nothing to method={self.method!r}; leave it at {field.default!r} "
                     f"or choose one of {users}"
                 )
+        self._check_contrasts()
         PROPOSERS[self.proposer]
+        MEANS[self.ensemble_mean]
         if self.proposer == "none" and self.guesses != type(self).guesses:
             raise ValueError(
                 f"guesses={self.guesses} means nothing without a proposer; name one of {sorted(PROPOSERS)}"
@@ -112,6 +133,30 @@ class DecodeConfig:
         if "beams" in allowed and self.n_best > self.beams:
             raise ValueError(f"n_best={self.n_best} exceeds beams={self.beams}, all that a beam search keeps")
 
+    def _check_contrasts(self) -> None:
+        layers = self.dola_layers
+        if self.contrast not in CONTRASTS:
+            raise ValueError(f"contrast={self.contrast!r} is none of {CONTRASTS}")
+        if not isinstance(layers, tuple) or not all(map(_integer(0), layers)) or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"dola_layers={layers!r} must be a tuple of different numbers of decoder layers, as (2, 4)"
+            )
+        if layers and self.contrast != "none":
+            raise ValueError(f"dola_layers={layers} and contrast={self.contrast!r}: a model has one contrast at a time")
+        for option in ("contrast_alpha", "contrast_beta"):
+            users = [name for name, kind in PROCESSORS.items() if option in kind.further]
+            value, default = getattr(self, option), getattr(type(self), option)
+            if value != default and not any(self._is_on(name) for name in users):
+                raise ValueError(f"{option}={value!r} means nothing without {' or '.join(users)}")
+        if self.proposer == "draft_model" and (layers or self.contrast != "none"):
+            raise ValueError(
+                "proposer='draft_model' with a contrast: the draft has nobody to be contrasted with, and would guess "
+                "other tokens than those chosen; take proposer='input_copy' or none"
+            )
+
+    def _is_on(self, option: str) -> bool:
+        return getattr(self, option) != getattr(type(self), option)
+
     def selector(self) -> Selector:
         """The method's selector. `selector().group` decoding rows serve one example."""
         return METHODS[self.method].selector(self)
@@ -123,9 +168,10 @@ class DecodeConfig:
 
     def processors(self) -> tuple[Processor, ...]:
         """The processors that are switched on, in the order of `PROCESSORS`."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return tuple(
-            kind.make(getattr(self, name)) for name, kind in PROCESSORS.items() if getattr(self, name) != defaults[name]
+            kind.make(*(getattr(self, option) for option in (name, *kind.further)))
+            for name, kind in PROCESSORS.items()
+            if self._is_on(name)
         )
 
 
@@ -154,6 +200,9 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("typical", "in (0, 1] (1: off)", lambda v: 0 < v <= 1),
     ("mirostat", "at least 0 (0: off)", lambda v: 0 <= v < float("inf")),
     ("repetition_penalty", "above 0 (1: off)", lambda v: 0 < v < float("inf")),
+    ("language_bias", "at least 0 (0: off)", lambda v: 0 <= v < float("inf")),
+    ("contrast_alpha", "in (0, 1]", lambda v: 0 < v <= 1),
+    ("contrast_beta", "at least 0", lambda v: 0 <= v < float("inf")),
     ("no_repeat_ngram", "an integer of at least 0 (0: off)", _integer(0)),
     ("guesses", "an integer of at least 1", _integer(1)),
     ("seed", "an integer of at least 0", _integer(0)),

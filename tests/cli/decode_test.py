@@ -27,10 +27,11 @@ def test_a_record_says_what_may_be_given_to_what(capsys):
     found = {(r["kind"], r["name"]): r for r in records}
     assert found["processor", "repetition_penalty"]["methods"] == ["greedy", "sample"]
     assert found["processor", "no_repeat_ngram"]["methods"] == list(METHODS)
+    assert found["processor", "dola_layers"]["options"] == {"dola_layers": [], "contrast_alpha": 0.1}
     assert found["proposer", "input_copy"]["options"] == {"guesses": 8}
     assert found["method", "diverse_beam"]["options"]["groups"] == 2
     for record in records:
         assert record["summary"]
         if record["kind"] == "method":  # the defaults are the method's own
-            options = record["options"] | {"bad_words": ()}
+            options = {n: () if value == [] else value for n, value in record["options"].items()}
             assert DecodeConfig(method=record["name"], **options) == DecodeConfig(method=record["name"])
