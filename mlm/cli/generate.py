@@ -34,6 +34,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("text", help="what the model reads")
     decoding_flags.add_language_flags(parser)
+    decoding_flags.add_contrast_flag(parser)
     parser.add_argument("--scores", action="store_true", help="print the log-probability (nats) before the text")
     decoding_flags.add_model_flags(parser)
     decoding_flags.add_decode_flags(parser)

@@ -102,11 +102,11 @@ class Generator:
                 )
         self._check_given(given, count)
         against = self._checked_against(against, lengths)
-        others = {"draft": draft, "ensemble": tuple(ensemble), "contrast": contrast}
-        for name, value in others.items():
-            model = getattr(self, name)
-            if (value is None) != (model is None) or (name == "ensemble" and len(value) != len(model)):
+        for name, value in (("draft", draft), ("contrast", contrast)):
+            if (value is None) != (getattr(self, name) is None):
                 raise ValueError(f"the {name} model and its parameters belong together: give both, or neither")
+        if len(ensemble) != len(self.ensemble):
+            raise ValueError(f"parameters of {len(ensemble)} members for an ensemble with {len(self.ensemble)} others")
 
         best = self.config.n_best
         tokens = np.zeros((count, best, width), np.int32)
@@ -116,7 +116,7 @@ class Generator:
         sizes = [len(s) + n for s, n in zip(reading.sources, lengths, strict=True)]
         for chosen in batches(sizes, self._batch_size):
             inputs = jax.device_put(self._inputs(chosen, reading, against, limits, ids, given), self._rows)
-            out = jax.device_get(self._run(params, inputs, others))
+            out = jax.device_get(self._run((params, *ensemble), inputs, draft, contrast))
             tokens[chosen], scores[chosen], found[chosen], passes[chosen] = (x[: len(chosen)] for x in out)
         return Decoded(tokens, scores, found, passes)
 
@@ -173,7 +173,7 @@ class Generator:
         spare = rows - len(chosen)
         readings = [reading] if against is None else [reading, against]
         width = bucket(max(len(r.sources[i]) for r in readings for i in chosen))
-        inputs = {
+        inputs: dict[str, Any] = {
             **self._read(reading, chosen, rows, width),
             "limits": fill(limits[chosen], rows, 0),
             "ids": fill(ids[chosen], rows, 0),
@@ -188,7 +188,7 @@ class Generator:
         picked = [reading.sources[i] for i in chosen]
         inputs = {"sources": pad(picked, rows, width), "source_lengths": fill([len(s) for s in picked], rows, 1)}
         if reading.languages is not None:
-            inputs["languages"] = fill(reading.languages[chosen], rows, 0)
+            inputs["languages"] = fill(np.asarray(reading.languages)[chosen], rows, 0)
         if reading.prompts is not None and any(len(reading.prompts[i]) for i in chosen):
             told = [reading.prompts[i] for i in chosen]
             longest = min(bucket(max(map(len, told)), 1), self.config.max_length)
@@ -196,13 +196,15 @@ class Generator:
             inputs["prompt_lengths"] = fill([len(p) for p in told], rows, 0)
         return inputs
 
-    def _decode(self, params: Params, inputs: Mapping[str, Any], others: Mapping[str, Any]) -> Decoded:
+    def _decode(
+        self, params: tuple[Params, ...], inputs: Mapping[str, Any], draft: Params | None, contrast: Params | None
+    ) -> Decoded:
         self.compilations += 1  # runs while tracing only
-        models = list(zip((self.model, *self.ensemble), (params, *others["ensemble"]), strict=True))
+        models = list(zip((self.model, *self.ensemble), params, strict=True))
         mean, group = self.config.ensemble_mean, self.config.selector().group
         step, cache = averaged([self._opened(*each, inputs) for each in models], mean)
-        if self.contrast is not None:
-            step, cache = contrasted((step, cache), self._opened(self.contrast, others["contrast"], inputs))
+        if self.contrast is not None and contrast is not None:
+            step, cache = contrasted((step, cache), self._opened(self.contrast, contrast, inputs))
         if "against" in inputs:
             other = averaged([self._opened(*each, inputs["against"]) for each in models], mean)
             beginning, ends = inputs["against"]["start"][:, None], jnp.zeros_like(inputs["ids"])
@@ -211,7 +213,7 @@ class Generator:
                 ends = inputs["prompt_lengths"]
             beginning, ends = (jnp.repeat(x, group, axis=0) for x in (beginning, ends))
             step, cache = contrasted((step, cache), told(other, beginning, ends))
-        drafting = None if self.draft is None else self._opened(self.draft, others["draft"], inputs)
+        drafting = None if self.draft is None or draft is None else self._opened(self.draft, draft, inputs)
         sources, lengths = (jnp.repeat(inputs[name], group, axis=0) for name in ("sources", "source_lengths"))
         return decode(
             step,

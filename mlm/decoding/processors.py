@@ -79,7 +79,9 @@ def min_length(length: int) -> Processor:
 
 
 def language_mask(on: bool) -> Processor:
-    """Forbids what is False in the row's `given["language_mask"]` [V]: tokens of other languages."""
+    """Forbids what is False in the row's `given["language_mask"]` [V]: tokens of other languages, into which zero-shot
+    translation falls. Source of the problem: Zhang et al. 2020 (arXiv:2004.11867).
+    """
     return lambda logits, state: jnp.where(state.given["language_mask"], logits, NEG_INF)
 
 
@@ -297,7 +299,10 @@ PROCESSORS: Registry[Kind] = Registry(
     no_repeat_ngram=Kind(no_repeat_ngram, "no n-gram twice (Paulus et al. 2017)"),
     bad_words=Kind(bad_words, "phrases, as tuples of token ids, that must not be written"),
     min_length=Kind(min_length, "no end before this token"),
-    language_mask=Kind(language_mask, "no tokens that the language to be written does not have"),
+    language_mask=Kind(
+        language_mask,
+        "no tokens that the language to be written does not have, against the off-target outputs of Zhang et al. 2020",
+    ),
     contrast=Kind(
         lambda against, *values: contrastive(*values),
         "away from what a weaker model says, contrast='model' (Li et al. 2023, O'Brien & Lewis 2023), or the model "

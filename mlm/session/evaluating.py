@@ -17,7 +17,6 @@ from mlm.decoding.generate import Generator
 from mlm.evaluation.language_loss import LanguageLosses
 from mlm.evaluation.results import LanguageTable, language_table, totals
 from mlm.session.session import Session
-from mlm.types import Params
 
 GROUP = 1024  # examples; their tasks are evaluated together, and their results known
 LOSS_ROWS = 16  # rows of a batch when losses are measured
@@ -34,7 +33,7 @@ def evaluate_each(
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
     for group in _groups(read_examples(tasks, session.vocabulary, lengths, split, num_examples)):
         tables = _tables(session, group, lengths)
-        predictions = Predictions(generator, session.params, session.draft_params(generator))
+        predictions = Predictions(session, generator)
         asked = [example for name, examples in group.items() if predicts(name) for example in examples]
         begins = partial(forced_beginning, vocabulary=session.vocabulary)
         predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], [e.language for e in asked])
@@ -61,8 +60,8 @@ class Predictions:
     decoded together before SeqIO asks for them one task at a time.
     """
 
-    def __init__(self, generator: Generator, params: Params, draft: Params | None = None):
-        self._generator, self._params, self._draft = generator, params, draft
+    def __init__(self, session: Session, generator: Generator):
+        self._session, self._generator = session, generator
         self._known: dict[tuple[int, tuple[bytes, bytes]], np.ndarray] = {}
 
     def learn(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> None:
@@ -71,13 +70,15 @@ class Predictions:
         new = {(n, _key(s, p)): (s, p) for s, p, n in asked if (n, _key(s, p)) not in self._known}
         if not new:
             return
+        told = [language for language, _ in new]
         found = self._generator(
-            self._params,
+            self._session.params,
             [source for source, _ in new.values()],
             prompts=[prompt for _, prompt in new.values()],
             ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in new],
-            languages=[language for language, _ in new],
-            draft=self._draft,
+            languages=told,
+            given=self._session.given(self._generator.config, told),
+            **self._session.others(self._generator),
         )
         self._known.update(zip(new, found.tokens[:, 0], strict=True))
 

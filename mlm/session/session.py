@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 from mlm.checkpoints.run_directory import RunDirectory
 from mlm.data.templates import FROM, PLACES, TO, Frame, Template
 from mlm.decoding.config import DecodeConfig
-from mlm.decoding.generate import Generator
+from mlm.decoding.generate import Generator, Reading
 from mlm.decoding.scoring import Scorer
 from mlm.evaluation.language_loss import LanguageLosses, Spelling, TokenLosses, language_losses
 from mlm.evaluation.results import combine, totals
@@ -49,7 +49,7 @@ class Session:
     warning. `to` and `from_` name the language to be written and, where the model is told, the one that is read. Their
     tokens stand where the run says (`template`: a converted one keeps its family's way), or else, or by language_token,
     where translation tasks put them: `to` in the "source", or forced first in the "target", or "both", `from_` first in
-    the source and `to` in the target.
+    the source and `to` in the target. With an ensemble, all its models write, score and are evaluated as one.
     """
 
     def __init__(
@@ -68,12 +68,14 @@ class Session:
         batch_size: int,
         quantise: str | None = None,
         draft: "Session | None" = None,
+        ensemble: Sequence["Session"] = (),
+        contrast: "Session | None" = None,
     ):
         self.run, self.step, self.parameters, self.config = run, step, parameters, config
         self.data, self.extra, self.vocabulary = data, extra, vocabulary
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
-        self.quantise, self.draft = quantise, draft
+        self.quantise, self.draft, self.ensemble, self.contrast = quantise, draft, tuple(ensemble), contrast
         self.template = Template.from_json(data["template"]) if "template" in data else PLACES["source"]
         self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
         self._scorers: dict[int | None, Scorer] = {}
@@ -84,6 +86,7 @@ class Session:
         asked = f", {example}" if example else ""
         kind = "running mean of the parameters" if self.parameters == "ema" else "parameters"
         kind += f", layers as {self.quantise}" if self.quantise else ""
+        kind += "".join(f", with {member.name}" for member in self.ensemble)
         return (
             f"Session of {self.run.path}, step {self.step} ({count(self.model.shapes()):,} {kind})\n"
             f"  trained on {self.data['mixture']!r}: up to {self.data['inputs_length']} tokens in, "
@@ -92,6 +95,11 @@ class Session:
             f"{len(self.languages)} language tokens\n"
             f"  .generate(texts{asked})   .score(pairs{asked})   .evaluate(task)   .languages"
         )
+
+    @property
+    def name(self) -> str:
+        """Where the parameters come from, as `load` finds them again."""
+        return f"{self.run.path.absolute()}@{self.step}"
 
     @property
     def languages(self) -> list[str]:
@@ -113,6 +121,7 @@ class Session:
         to: language to write. Without it a text may hold special tokens, as in "The <extra_id_0> sat on the mat".
         from_: language of the texts. method, options: those of `DecodeConfig`: beams, alpha, n_best, temperature,
         top_k, top_p, no_repeat_ngram, bad_words, proposer, max_length, seed, …; `mlm decode list` names them all.
+        Against words of other languages than `to`: language_mask=True, and `contrast_to`, see `decode`.
         Raises ValueError for an empty text, a missing language, or one that the model is not told, KeyError for a
         language without a token or an unknown method.
         """
@@ -130,12 +139,15 @@ class Session:
         language_token: str | None = None,
         ids: Sequence[int] | None = None,
         languages: Sequence[int] | None = None,
+        contrast_to: str | None = None,
         **options: Any,
     ) -> list[list[Hypothesis]]:
         """As `generate`, with scores and tokens.
 
         texts: or what `encode` made of them. ids: numbers of the texts, the source of their randomness. languages: ids
-        of the languages that a language-aware model is to write, where they are not all `to`.
+        of the languages that are to be written, where they are not all `to`. contrast_to: away from what the model
+        would write when told this language, or "none" (contrast="language"; contrast_alpha and contrast_beta say how
+        far). language_mask=True: only tokens of `to`, as the run's training text has them.
         """
         frame = self.frame(to, from_, language_token)
         given = [texts] if isinstance(texts, str) else list(texts)
@@ -144,10 +156,22 @@ class Session:
         prompts = [frame.prompt] * len(sources) if frame.prompt else None
         alone = self.config.encoder is None  # what it reads is the beginning of what it writes
         skips = [len(frame.prompt) + (len(source) if alone else 0) for source in sources]
-        languages = languages or self._languages(to, len(sources))
+        against = None
+        if contrast_to is not None:
+            against = self._against(sources, frame, to, contrast_to, from_, language_token)
+            options = {"contrast": "language", **options}
         generator = self.generator(method, options, frame.start)
+        by_language = generator.config.language_mask or generator.config.language_bias > 0
+        languages = languages or self._languages(to, len(sources), by_language)
         decoded = generator(
-            self.params, sources, prompts=prompts, ids=ids, languages=languages, draft=self.draft_params(generator)
+            self.params,
+            sources,
+            prompts=prompts,
+            ids=ids,
+            languages=languages,
+            given=self.given(generator.config, languages),
+            against=against,
+            **self.others(generator),
         )
         return [
             [
@@ -173,15 +197,15 @@ class Session:
         frame, pairs = self.frame(to, from_, language_token), list(pairs)
         sources = [s.tokens for s in self._encode([source for source, _ in pairs], to, frame)]
         targets = [[*frame.prompt, *self._tokens(i, "target", t, to), EOS_ID] for i, (_, t) in enumerate(pairs)]
-        found = self._scorer(frame.start)(self.params, sources, targets, self._languages(to, len(sources)))
-        return found.totals - found.tokens[:, : len(frame.prompt)].sum(1)  # what is given costs nothing
+        found = self._scores(sources, targets, self._languages(to, len(sources)), frame.start)
+        return _totals(found[:, len(frame.prompt) :])  # what is given costs nothing
 
     def score_tokens(self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None = None) -> np.ndarray:
         """log P(target | source) of token lists as they stand, in nats; float32 [pairs].
 
         languages: ids of the targets' languages, which a language-aware model asks for.
         """
-        return self._scorer()(self.params, sources, targets, languages).totals
+        return _totals(self._scores(sources, targets, languages))
 
     def evaluate(
         self,
@@ -238,7 +262,11 @@ class Session:
         """
         from mlm.data.languages import LANGUAGES
 
-        nll = partial(self._token_losses, self.params if params is None else params)
+        def nll(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+            if params is not None:
+                return self._token_losses(params, batch)
+            return -_together([-member._token_losses(member.params, batch) for member in (self, *self.ensemble)])
+
         return language_losses(nll, batches, self.spelling, languages=languages or len(LANGUAGES), by=by)
 
     @cached_property
@@ -303,11 +331,37 @@ class Session:
             raise ValueError(f"{kind} {index} is empty: {text!r}")
         return [int(token) for token in tokens]
 
-    def _languages(self, to: str | None, count: int) -> list[int] | None:
-        """The id of the language to be written, once per text; None where none is named."""
+    def _languages(self, to: str | None, count: int, asked: bool = False) -> list[int] | None:
+        """The id of the language to be written, once per text; None where none is named, or no model asks."""
         from mlm.data.languages import language_id
 
-        return None if to is None or self.config.languages is None else [language_id(to)] * count
+        models = (self, *self.ensemble, self.draft, self.contrast)
+        asked = asked or any(model.config.languages for model in models if model)
+        return [language_id(to)] * count if asked and to is not None else None
+
+    def _against(
+        self,
+        sources: Sequence[Sequence[int]],
+        frame: Frame,
+        to: str | None,
+        contrast_to: str,
+        from_: str | None,
+        language_token: str | None,
+    ) -> Reading:
+        """The same texts, as they are read when another language is to be written, or none is named."""
+        if to is None or contrast_to == to:
+            raise ValueError(
+                f"contrast_to={contrast_to!r} with to={to!r}: name two languages, the one to be written by to"
+            )
+        other = self.frame(None if contrast_to == "none" else contrast_to, from_, language_token)
+        front, back = len(frame.before), len(frame.after)
+        texts = [source[front : len(source) - back] for source in sources]
+        return Reading(
+            [[*other.before, *text, *other.after] for text in texts],
+            [other.prompt] * len(texts),
+            [0] * len(texts) if contrast_to == "none" else self._languages(contrast_to, len(texts)),
+            other.start,
+        )
 
     def _text(self, tokens: np.ndarray) -> str:
         return self.vocabulary.decode([int(token) for token in tokens])
@@ -326,23 +380,39 @@ class Session:
                 config,
                 rows=self.rows,
                 batch_size=self._batch_size,
-                draft=self._drafting(config, start),
+                ensemble=[member._starting_with(start) for member in self.ensemble],
+                draft=self._other("draft", config.proposer == "draft_model", "proposer='draft_model'", start),
+                contrast=self._other("contrast", config.contrast == "model", "contrast='model'", start),
             )
         return self._generators[config, start]
 
-    def draft_params(self, generator: Generator) -> Params | None:
-        """What the generator takes as `draft`."""
-        return self.draft.params if self.draft and generator.draft else None
+    def others(self, generator: Generator) -> dict[str, Any]:
+        """The parameters of the other models that the generator asks, by the names that it gives them."""
+        found = {name: getattr(self, name).params for name in ("draft", "contrast") if getattr(generator, name)}
+        return {**found, "ensemble": [member.params for member in self.ensemble]}
 
-    def _drafting(self, config: DecodeConfig, start: int | None) -> Transformer | None:
-        if config.proposer != "draft_model":
+    def given(self, config: DecodeConfig, languages: Sequence[int] | None) -> dict[str, np.ndarray]:
+        """What the generator reads of the language of each text, where the options ask for it."""
+        from mlm.session.language_tokens import given
+
+        return given(self, config, languages)
+
+    @cached_property
+    def token_counts(self) -> Mapping[int, np.ndarray]:
+        """Language id -> how often each token stands in its training text (`language_tokens.token_counts`)."""
+        from mlm.session.language_tokens import token_counts
+
+        return token_counts(self)
+
+    def _other(self, name: str, asked: bool, by: str, start: int | None) -> Transformer | None:
+        if not asked:
             return None
-        if self.draft is None:
+        if getattr(self, name) is None:
             raise ValueError(
-                "proposer='draft_model' asks a smaller model: name its run, by draft= where this one is loaded, or by "
-                "--draft in a command"
+                f"{by} asks a smaller model: name its run, by {name}= where this one is loaded, or by --{name} in a "
+                "command"
             )
-        return self.draft._starting_with(start)
+        return getattr(self, name)._starting_with(start)
 
     def _scorer(self, start: int | None = None) -> Scorer:
         if self.config.encoder is None:
@@ -350,6 +420,13 @@ class Session:
         if start not in self._scorers:
             self._scorers[start] = Scorer(self._starting_with(start), rows=self.rows, batch_size=self._batch_size)
         return self._scorers[start]
+
+    def _scores(
+        self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None, start: int | None = None
+    ) -> np.ndarray:
+        """log P of every target token, [pairs, tokens], under all models together."""
+        members = (self, *self.ensemble)
+        return _together([m._scorer(start)(m.params, sources, targets, languages).tokens for m in members])
 
     def _starting_with(self, start: int | None) -> Transformer:
         if self.config.decoder is None:
@@ -370,5 +447,16 @@ class Session:
             "step": self.step,
             "parameters": self.parameters,
             "quantise": self.quantise,
+            "ensemble": [member.name for member in self.ensemble],
+            "contrasted_with": self.contrast.name if self.contrast else None,
             "vocabulary": self.vocabulary.digest,
         }
+
+
+def _together(log_probs: Sequence[np.ndarray]) -> np.ndarray:
+    """The log of the mean probability that models give a token; of one model, its own."""
+    return np.logaddexp.reduce(log_probs, axis=0) - np.log(len(log_probs)) if len(log_probs) > 1 else log_probs[0]
+
+
+def _totals(log_probs: np.ndarray) -> np.ndarray:
+    return log_probs.sum(1, dtype=np.float64).astype(np.float32)

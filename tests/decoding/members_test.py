@@ -282,7 +282,7 @@ def test_a_decoder_alone_is_no_member(tiny):
 @pytest.mark.parametrize(
     ("options", "given", "message"),
     [
-        ({}, {"ensemble": [{}]}, "the ensemble model and its parameters belong together"),
+        ({}, {"ensemble": [{}]}, "parameters of 1 members for an ensemble with 0 others"),
         ({"contrast": "language"}, {}, "asks what the model reads"),
         ({}, {"against": Reading([[3]])}, "does not ask what the model reads"),
         ({"contrast": "language"}, {"against": Reading([[3]], [[4]])}, "equally long ones"),
