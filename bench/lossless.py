@@ -4,7 +4,7 @@
 
 The task is made here: lines of 40 words out of 30, of which 2 to 10 % are misspelled in the source; the target has them
 right. A model of 4 + 4 layers and a draft of 1 + 1 are trained on it, then 64 unseen lines are corrected one at a time,
-greedily, 2 threads: one token a pass, with the source as guesses, and with the draft's. Tokens must be the same before
+greedily, 2 threads: one token a pass, and with guesses of every kind, chains and trees. Tokens must be the same before
 anything is timed. Tokens a pass with the draft are set against (1 - a^(W+1)) / (1 - a), a the share of positions where,
 behind the same tokens, both choose the same.
 """
@@ -23,6 +23,7 @@ import numpy as np  # noqa: E402
 from mlm.data.batching import Example, Packer  # noqa: E402
 from mlm.decoding.config import DecodeConfig  # noqa: E402
 from mlm.decoding.generate import Generator  # noqa: E402
+from mlm.decoding.proposers import PROPOSERS  # noqa: E402
 from mlm.models.families import fairseq_style  # noqa: E402
 from mlm.models.transformer import Transformer  # noqa: E402
 from mlm.parallel import MeshConfig, global_batch, make_mesh  # noqa: E402
@@ -31,7 +32,14 @@ from mlm.training.trainer import TrainConfig, Trainer  # noqa: E402
 
 WORDS, LENGTH, ROWS = 30, 40, 32
 VOCABULARY = 64  # 3 … 32: words; 33 … 62: their misspellings
-GUESSES = {"input_copy": 15, "draft_model": 4}
+WAYS = {  # name -> how tokens are guessed
+    "input_copy": {"proposer": "input_copy", "guesses": 15},
+    "draft_model": {"proposer": "draft_model", "guesses": 4},
+    "draft_model, tree": {"proposer": "draft_model", "guesses": 8, "branches": 2},
+    "ngram_table": {"proposer": "ngram_table", "guesses": 8},
+    "ngram_table, tree": {"proposer": "ngram_table", "guesses": 12, "branches": 2},
+    "staged": {"proposer": "staged", "guesses": 4},
+}
 SIZES = {"model": (256, 4), "draft": (64, 1)}  # width, layers of each stack
 TARGETS = {"passes": 4.0, "seconds": 2.5, "formula": 0.1}
 
@@ -89,12 +97,12 @@ def main():
     sources, targets = lines(options.lines, np.random.default_rng(2))
     width = LENGTH + 1
     generators = {"none": Generator(model, DecodeConfig(max_length=width))}
-    for name, guesses in GUESSES.items():
-        config = DecodeConfig(max_length=width, proposer=name, guesses=guesses)
-        generators[name] = Generator(model, config, draft=draft if name == "draft_model" else None)
+    for name, way in WAYS.items():
+        drafts = PROPOSERS[way["proposer"]].drafts
+        generators[name] = Generator(model, DecodeConfig(max_length=width, **way), draft=draft if drafts else None)
 
     def correct(name):
-        extra = {"draft": draft_params} if name == "draft_model" else {}
+        extra = {"draft": draft_params} if generators[name].draft else {}
         return [generators[name](params, [source], **extra) for source in sources]
 
     found = {name: correct(name) for name in generators}
@@ -118,7 +126,7 @@ def main():
             }
         )
     a = agreement(models.values(), sources, written["none"])
-    expected = sum(a**i for i in range(GUESSES["draft_model"] + 1))
+    expected = sum(a**i for i in range(WAYS["draft_model"]["guesses"] + 1))
     setting = {
         "lines right": f"{(written['none'] == targets).all(1).mean():.2f} of {options.lines}",
         "loss, nats per token": ", ".join(f"{name} {loss:.4f}" for name, (_, _, loss) in models.items()),

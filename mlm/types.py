@@ -43,6 +43,10 @@ class Placement:
         """The activation, pinned by its logical axes."""
         return array
 
+    def pieces(self, axis: str) -> int:
+        """Into how many the mesh cuts this logical axis of an array."""
+        return 1
+
     def by_expert(self, body: Callable, rows: Params, weights: Params, axes: Mapping[str, Axes]) -> Array:
         """Sum of body(rows, weights held, number of the first expert held) over the owners of experts, [G, …].
 

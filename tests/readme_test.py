@@ -30,7 +30,7 @@ def test_commands_and_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     assert {"run", "test"} <= set(targets)
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
-    named = set(re.findall(r"^mlm (\w+)", "\n".join(SHELL), re.M)) | set(re.findall(r"`mlm (\w+)`", TEXT))
+    named = set(re.findall(r"^mlm ([\w-]+)", "\n".join(SHELL), re.M)) | set(re.findall(r"`mlm ([\w-]+)`", TEXT))
     assert named == set(COMMANDS)
 
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 import mlm
 from mlm.cli.main import main
 from mlm.data.languages import language_id
-from mlm.session.language_tokens import FILE, allowed_tokens
+from mlm.session.language_control import FILE, allowed_tokens
 
 TEXTS = ["Good morning", "Where is the station?"]
 MIXTURE = "clones.all"

@@ -87,11 +87,15 @@ def test_a_decoder_alone_goes_on(tiny_run, tmp_path, one_device):
     assert best.tokens[:7] == [b + 3 for b in b"The cat"]
     assert len(best.tokens) <= 12
     assert best.text == session.vocabulary.decode(best.tokens[7:])
+    (prompt,) = session.few_shot("cat", [("dog", "chien")], 1)
+    assert prompt == "dog = chien ; cat ="
+    (best,) = session.decode(prompt, max_length=22)[0]
+    assert best.tokens[:19] == [b + 3 for b in prompt.encode()]
     assert session.encode("The cat", to="fr")[0].tokens[0] == session.vocabulary.language_token("fr")
     with pytest.raises(ValueError, match="no room under the limit of 7 tokens"):
         session.generate("The cat", max_length=7)
-    with pytest.raises(ValueError, match="a decoder alone: scores are of a target behind a source"):
-        session.score([("a", "b")])
+    assert session.score_tokens([best.tokens[:19]], [best.tokens[19:]]) == pytest.approx([best.score], abs=1e-4)
+    assert session.score([("The cat", " sat")])[0] < 0
 
 
 def test_layers_can_be_kept_as_integers(tiny_run, session, one_device):

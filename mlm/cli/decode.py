@@ -1,4 +1,6 @@
-"""`mlm decode list`: every way to decode, by what it does: methods, processors of the logits, proposers of guesses."""
+"""`mlm decode list`: every way to decode, by what it does: methods, processors of the logits, proposers of guesses,
+postprocessors of the results, rules for labels.
+"""
 
 import argparse
 import dataclasses
@@ -8,7 +10,7 @@ from typing import Any
 
 from mlm.cli import screen
 
-WIDTH = 80  # characters of the second column
+WIDTH = 78  # characters of the second column
 
 
 def run(arguments: list[str]) -> None:
@@ -25,10 +27,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser(
         "list",
-        help="every method, processor and proposer with its options",
-        description="Every method, processor and proposer with its options, their defaults and its paper. A method "
-        "chooses tokens; a processor, one for each option that is switched on, reshapes or forbids before that; a "
-        "proposer guesses ahead, so that one pass confirms several tokens.",
+        help="every method, processor, proposer and postprocessor with its options",
+        description="Every method, processor, proposer and postprocessor with its options, their defaults and its "
+        "paper. A method chooses tokens; a processor, one for each option that is switched on, reshapes or forbids "
+        "before that; a proposer guesses ahead, so that one pass confirms several tokens; a postprocessor chooses one "
+        "of several results; a tree rule decides on a label, out of probabilities of the leaves of a tree.",
     )
     listing.add_argument("--json", action="store_true", help="machine-readable")
     return parser.parse_args(arguments)
@@ -39,14 +42,18 @@ def _records() -> list[dict[str, Any]]:
     from mlm.decoding.config import ALWAYS, METHODS, DecodeConfig
     from mlm.decoding.processors import PROCESSORS
     from mlm.decoding.proposers import PROPOSERS
+    from mlm.evaluation.hierarchy import RULES
+    from mlm.session.choosing import POSTPROCESSORS
 
     defaults = {field.name: field.default for field in dataclasses.fields(DecodeConfig)}
     asked = {method: {*ALWAYS, *METHODS[method].options} for method in METHODS}
     shared = [option for option in ALWAYS if option != "method"]
 
     def record(kind: str, name: str, options: list[str], methods: list[str], summary: str) -> dict[str, Any]:
-        told = {option: defaults[option] for option in options}
-        return {"kind": kind, "name": name, "options": told, "methods": methods, "summary": summary}
+        return described(kind, name, {option: defaults[option] for option in options}, methods, summary)
+
+    def described(kind: str, name: str, told: Any, methods: Any, summary: str) -> dict[str, Any]:
+        return {"kind": kind, "name": name, "options": dict(told), "methods": list(methods), "summary": summary}
 
     def takers(option: str) -> list[str]:
         return [method for method, options in asked.items() if option in options]
@@ -54,10 +61,18 @@ def _records() -> list[dict[str, Any]]:
     return [
         *(record("method", name, [*m.options, *shared], [name], m.summary) for name, m in METHODS.items()),
         *(record("processor", name, [name, *p.further], takers(name), p.summary) for name, p in PROCESSORS.items()),
+        *(record("proposer", name, [*p.options], takers("proposer"), p.summary) for name, p in PROPOSERS.items()),
         *(
-            record("proposer", name, ["guesses"] if name != "none" else [], takers("proposer"), p.summary)
-            for name, p in PROPOSERS.items()
+            described(
+                "postprocessor",
+                name,
+                {field.name: field.default for field in dataclasses.fields(p.make)},
+                p.methods or takers("n_best"),
+                p.summary,
+            )
+            for name, p in POSTPROCESSORS.items()
         ),
+        *(described("tree_rule", name, rule.options, [], rule.summary) for name, rule in RULES.items()),
     ]
 
 
@@ -66,6 +81,8 @@ def _print(records: list[dict[str, Any]]) -> None:
         "method": ("methods: method=NAME, one of", _options),
         "processor": ("processors: NAME=VALUE, any of those that the method takes", _takers),
         "proposer": ("proposers: proposer=NAME, one of; the text stays the same", _takers),
+        "postprocessor": ("postprocessors: choose=NAME, one of; n_best results, one is kept", _takers),
+        "tree_rule": ("rules for trees of labels, in Python: mlm.evaluation.hierarchy.RULES", _options),
     }
     for kind, (title, details) in kinds.items():
         rows: list[tuple[str, str]] = []
@@ -77,7 +94,8 @@ def _print(records: list[dict[str, Any]]) -> None:
 
 
 def _options(record: dict[str, Any]) -> str:
-    return "with " + ", ".join(f"{name}={default!r}" for name, default in record["options"].items())
+    told = ", ".join(f"{name}={default!r}" for name, default in record["options"].items())
+    return f"with {told}" if told else ""
 
 
 def _takers(record: dict[str, Any]) -> str:

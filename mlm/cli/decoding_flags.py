@@ -33,8 +33,9 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "repetition_penalty": (float, "greedy, sample: above 1 less of what is there already (default 1, off)"),
     "no_repeat_ngram": (int, "no n-gram of this size twice (default 0, off)"),
     "seed": (int, "sample: seed (default 0)"),
-    "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes: input_copy, draft_model"),
+    "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes; `mlm decode list` names them"),
     "guesses": (int, "tokens guessed a pass (default 8)"),
+    "branches": (int, "guesses behind a guess at most (default 1: a chain; more make a tree)"),
     "max_length": (int, "tokens at most (default: the targets_length of the run)"),
     "min_length": (int, "no end before this token (default 0)"),
 }
@@ -76,6 +77,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR[@STEP]",
         help="greedy, sample: run of a weaker model of the same vocabulary, whose faults are avoided",
     )
+    parser.add_argument(
+        "--ngram_text",
+        metavar="FILE",
+        help="text like that to be written, a line for each: its trigrams guess ahead (--proposer ngram_table, staged)",
+    )
     parser.add_argument("--mesh", default="", metavar="data=4,tensor=2", help="how to split over the devices")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="examples per device call (default 32)")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -101,6 +107,15 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
         "--dola_layers",
         metavar="N,N",
         help="greedy, sample: avoid what the model would say after one of these numbers of decoder layers",
+    )
+
+
+def add_choose_flag(parser: argparse.ArgumentParser) -> None:
+    """--choose: which of n_best results is the output."""
+    parser.add_argument(
+        "--choose",
+        metavar="NAME[,OPTION=VALUE…]",
+        help="how one of n_best results is chosen, e.g. mbr or mbr,utility=bleu; `mlm decode list` says more",
     )
 
 
@@ -143,6 +158,8 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
     if flags.draft:
         given.setdefault("proposer", "draft_model")
+    elif flags.ngram_text:
+        given.setdefault("proposer", "ngram_table")
     if flags.language_mask:
         given["language_mask"] = True
     if flags.dola_layers:
@@ -187,6 +204,7 @@ def open_session(flags: argparse.Namespace):
             draft=flags.draft,
             ensemble=flags.ensemble,
             contrast=flags.contrast,
+            ngram_text=flags.ngram_text,
             best_metric=flags.best_metric,
             best_mode=flags.best_mode,
         )
@@ -204,6 +222,21 @@ def languages(session: Any, flags: argparse.Namespace) -> dict[str, str | None]:
     except (KeyError, ValueError) as error:
         raise UsageError(str(error.args[0])) from error
     return given
+
+
+def chooser(session: Any, flags: argparse.Namespace, told: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """What --choose says, as the session takes it; None without it. told, options: of `languages`, `decode_options`.
+
+    Raises UsageError for an unknown name, options that make no sense, or results that it cannot choose among.
+    """
+    if flags.choose is None:
+        return None
+    from mlm.session.choosing import checked
+
+    try:
+        return checked(flags.choose, session.ask(**told, **options))
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"--choose: {error.args[0]}") from error
 
 
 def _mesh(text: str):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"--num_examples={flags.num_examples} must be at least 1")
     options = decoding_flags.decode_options(flags)
     session = decoding_flags.open_session(flags)
-    tasks = _tasks(session, flags)
+    names = [name.strip() for name in flags.tasks.split(",") if name.strip()] if flags.tasks else [flags.mixture]
+    tasks = named_tasks(session, names, flags.split)
     results: dict[str, dict[str, Any]] = {}
     folder = Path("eval") / str(session.step)
     found = session.evaluate_each(tasks, flags.split, flags.num_examples, **options)
@@ -70,13 +72,14 @@ def show(step: int, split: str, results: dict[str, dict[str, Any]], languages: d
     )
 
 
-def _tasks(session: Any, flags: argparse.Namespace) -> list[str]:
-    """The tasks asked for. Raises UsageError, with the nearest names, for one that is not registered."""
-    names = [name.strip() for name in flags.tasks.split(",") if name.strip()] if flags.tasks else [flags.mixture]
+def named_tasks(session: Any, names: Sequence[str | None], split: str) -> list[str]:
+    """The tasks of these names, mixtures among them (None: the run's), each once. Raises UsageError, with the nearest
+    names, for one that is not registered.
+    """
     found: dict[str, None] = {}
     for name in names:
         try:
-            found |= dict.fromkeys(session.tasks(name, flags.split))
+            found |= dict.fromkeys(session.tasks(name, split))
         except (KeyError, ValueError) as error:
             raise UsageError(str(error.args[0])) from error
     return list(found)

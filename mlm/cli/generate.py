@@ -3,26 +3,33 @@
 import argparse
 import warnings
 
-from mlm.cli import decoding_flags, screen
+from mlm.cli import decoding_flags, screen, shot_flags
 from mlm.cli.main import UsageError
 
 
 def run(arguments: list[str]) -> int:
-    """Prints the result, or with n_best > 1 one result a line with its score."""
+    """Prints the result, or with n_best > 1 one result a line with its score, or of --choose the chosen one."""
     flags = _parse(arguments)
     if not flags.text.strip():
         raise UsageError("the text is empty")
     options = decoding_flags.decode_options(flags)
+    shots = shot_flags.read_shots(flags)
     session = decoding_flags.open_session(flags)
     languages = decoding_flags.languages(session, flags)
+    chooser = decoding_flags.chooser(session, flags, languages, options)
+    text = shots.prompt(session, flags.text, 1, languages) if shots else flags.text
     with screen.working("decoding"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        (found,) = session.decode(flags.text, **languages, **options)
+        (found,) = session.decode(text, **languages, choose=chooser, **options)
     for warning in caught:
         if warning.category is UserWarning:
             screen.say(f"mlm generate: {warning.message}")
+    if chooser is not None and not flags.scores:
+        found = found[:1]
     for hypothesis in found:
-        print(f"{hypothesis.score:.4f}\t{hypothesis.text}" if len(found) > 1 or flags.scores else hypothesis.text)
+        numbers = [hypothesis.score] if hypothesis.value is None else [hypothesis.value, hypothesis.score]
+        told = [f"{number:.4f}" for number in numbers] if len(found) > 1 or flags.scores else []
+        print("\t".join([*told, hypothesis.text]))
     return 0
 
 
@@ -35,7 +42,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("text", help="what the model reads")
     decoding_flags.add_language_flags(parser)
     decoding_flags.add_contrast_flag(parser)
-    parser.add_argument("--scores", action="store_true", help="print the log-probability (nats) before the text")
+    parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="print the log-probability (nats) before the text; with --choose all results, before it what each is "
+        "chosen by",
+    )
     decoding_flags.add_model_flags(parser)
     decoding_flags.add_decode_flags(parser)
+    decoding_flags.add_choose_flag(parser)
+    shot_flags.add_shot_flags(parser)
     return parser.parse_args(arguments)

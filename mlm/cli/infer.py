@@ -6,8 +6,9 @@
 
 Killed at any moment, the same command goes on after the last whole chunk of records; no line is lost or repeated, and
 the records are those of an uninterrupted run. A record is {"line", "input", "output", "score"}, with n_best > 1 also
-"alternatives", or {"line", "input", "error"} for a line that is empty or not UTF-8; "trimmed" says that the model could
-not read the whole line. Scores: log-probabilities in nats (for beam search over its length penalty).
+"alternatives", with --choose the "value" of each, by which the output was chosen; or {"line", "input", "error"} for a
+line that is empty or not UTF-8; "trimmed" says that the model could not read the whole line. Scores: log-probabilities
+in nats (for beam search over its length penalty).
 """
 
 import argparse
@@ -15,12 +16,13 @@ import itertools
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlm.cli import decoding_flags, screen
+from mlm.cli import decoding_flags, screen, shot_flags
 from mlm.cli.main import Failed, UsageError
 
 Record = dict[str, Any]
@@ -35,8 +37,10 @@ def run(arguments: list[str]) -> int:
     options = decoding_flags.decode_options(flags)
     if flags.input != "-" and not Path(flags.input).is_file():
         raise UsageError(f"--input={flags.input} is no file")
+    shots = shot_flags.read_shots(flags)
     session = decoding_flags.open_session(flags)
     languages = decoding_flags.languages(session, flags)
+    chooser = decoding_flags.chooser(session, flags, languages, options)
     settings = {
         "run": str(session.run.path.absolute()),
         "step": session.step,
@@ -47,27 +51,36 @@ def run(arguments: list[str]) -> int:
         "vocabulary": session.vocabulary.digest,
         **languages,
         **options,
+        **({} if chooser is None else {"choose": _choice(chooser, session)}),
+        **(shots.settings if shots else {}),
     }
+
+    rates = Rates()
 
     def decode(numbers: list[int], texts: list[str]) -> list[Record]:
         results: list[Record] = [{} for _ in texts]
         sources, places = [], []
         for place, text in enumerate(texts):
             try:
-                sources += session.encode(text, **languages)
+                prompt = shots.prompt(session, text, numbers[place], languages) if shots else text
+                sources += session.encode(prompt, **languages)
                 places.append(place)
             except ValueError as error:
                 results[place] = {"error": str(error)}
         # The line's number is the source of its randomness, so that a resumed run draws what the first one would have.
         ids = [numbers[place] for place in places]
-        found = session.decode(sources, **languages, ids=ids, **options)
+        found = session.decode(sources, **languages, ids=ids, choose=chooser, **options)
+        rates.tokens += sum(len(best[0].tokens) for best in found if best)
+        rates.passes += sum(best[0].passes for best in found if best)
         for place, source, best in zip(places, sources, found, strict=True):
             results[place] = _result(best) | ({"trimmed": True} if source.trimmed else {})
         return results
 
     output, total = Path(flags.output), None if flags.input == "-" else _count(Path(flags.input))
     with _open(flags.input) as lines:
-        counts = infer(lines, output, settings, decode, total=total, chunk=flags.chunk, overwrite=flags.overwrite)
+        counts = infer(
+            lines, output, settings, decode, total=total, chunk=flags.chunk, overwrite=flags.overwrite, watch=rates
+        )
     if counts is None:
         screen.say(f"{flags.output} is complete already ({flags.output}.completed); --overwrite makes it anew")
     else:
@@ -84,10 +97,12 @@ def infer(
     total: int | None = None,
     chunk: int = 256,
     overwrite: bool = False,
+    watch: Callable[[int], str] = lambda lines: "",
 ) -> dict[str, int] | None:
     """Appends the records that `output` does not hold yet; counts of lines and errors, or None when it was complete.
 
-    total: number of lines, for the bar. chunk: lines that are decoded together and written at once.
+    total: number of lines, for the bar. chunk: lines that are decoded together and written at once. watch: what the bar
+    says after so many lines more.
     Raises Failed when the output, or what a killed run left of it, was made with other settings or from other lines.
     """
     state, marker = (output.with_name(output.name + end) for end in (".settings", ".completed"))
@@ -109,18 +124,32 @@ def infer(
         _write_whole(state, {"settings": dict(settings)})
     if done:
         screen.say(f"{output} holds {done} lines already; going on after them")
-    with open(output, "ab") as file:
-        chunks = None if total is None else -(-(total - done) // chunk)
-        for records in screen.track(_chunks(numbered, decode, chunk), f"{chunk} lines each", chunks):
+    with open(output, "ab") as file, screen.Bar("line", total, done, "compiling …") as bar:
+        for records in _chunks(numbered, decode, chunk):
             file.write(b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records))
             file.flush()
             os.fsync(file.fileno())
             done += len(records)
             errors += sum("error" in record for record in records)
+            bar.show(done, watch(len(records)))
     counts = {"lines": done, "errors": errors}
     _write_whole(marker, {"settings": dict(settings), **counts})
     state.unlink(missing_ok=True)
     return counts
+
+
+class Rates:
+    """Lines and tokens a second since it was made, and tokens that a pass of the decoder confirms, as a text."""
+
+    def __init__(self):
+        self.lines = self.tokens = self.passes = 0
+        self._began = time.perf_counter()
+
+    def __call__(self, lines: int) -> str:
+        self.lines += lines
+        seconds = time.perf_counter() - self._began
+        said = f"{screen.amount(self.lines / seconds)} lines/s  {screen.amount(self.tokens / seconds)} tokens/s"
+        return said + (f"  {self.tokens / self.passes:.2f} tokens/pass" if self.passes else "")
 
 
 def read_line(raw: bytes) -> tuple[str, str | None]:
@@ -158,9 +187,16 @@ def _decoded(chunk: list[Record], decode: Decode) -> list[Record]:
 
 
 def _result(best: list[Any]) -> Record:
-    first, *others = best
-    record = {"output": first.text, "score": first.score}
-    return record | ({"alternatives": [{"output": h.text, "score": h.score} for h in others]} if others else {})
+    record, *others = [
+        {"output": h.text, "score": h.score} | ({} if h.value is None else {"value": h.value}) for h in best
+    ]
+    return record | ({"alternatives": others} if others else {})
+
+
+def _choice(chooser: Any, session: Any) -> Record:
+    from mlm.session.choosing import settings
+
+    return settings(chooser, session)
 
 
 def _resume(
@@ -172,7 +208,7 @@ def _resume(
     done = errors = size = 0
     read: list[tuple[int, bytes]] = []  # lines, sizes and errors of records since the last whole chunk
     sizes = found_errors = 0
-    for raw, record in _whole_records(output):
+    for raw, record in whole_records(output):
         number, line = next(lines, (-1, b""))
         if record["line"] != number + 1 or record["input"] != read_line(line)[0]:
             raise Failed(
@@ -189,7 +225,7 @@ def _resume(
     return done, errors, itertools.chain(read, lines)
 
 
-def _whole_records(output: Path) -> Iterator[tuple[bytes, Record]]:
+def whole_records(output: Path) -> Iterator[tuple[bytes, Record]]:
     """The records with the bytes of their lines, up to the first torn one."""
     if not output.exists():
         return
@@ -248,4 +284,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     decoding_flags.add_contrast_flag(parser)
     decoding_flags.add_model_flags(parser)
     decoding_flags.add_decode_flags(parser)
+    decoding_flags.add_choose_flag(parser)
+    shot_flags.add_shot_flags(parser)
     return parser.parse_args(arguments)

@@ -21,6 +21,7 @@ COMMANDS = {
     "infer": ("infer", "decode a file of lines into JSON lines, resumable"),
     "generate": ("generate", "decode one text"),
     "decode": ("decode", "list the ways to decode: methods, processors, proposers"),
+    "decode-sweep": ("decode_sweep", "compare methods over grids of their options: best, default, spread, tokens/s"),
     "report": ("report", "write report.html, report.md and report.json of a run"),
     "tasks": ("tasks", "list registered tasks, or look at the examples of one"),
     "mixture": ("mixture", "show how often each language of a mixture is seen"),

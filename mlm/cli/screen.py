@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 T = TypeVar("T")
+B = TypeVar("B", bound="Bar")
 LOG_SECONDS = 10.0  # a log file gets a line at most this often
 
 
@@ -51,17 +52,19 @@ def amount(value: float) -> str:
     return f"{value:.3g}"
 
 
-class TrainingScreen:
-    """The observer of a training run. In a terminal one bar; elsewhere a line at most every ten seconds."""
+class Bar:
+    """How far a long job is and what a line says of it: one bar in a terminal, elsewhere a line at most every ten
+    seconds. total None: not known.
+    """
 
-    def __init__(self, steps: int, start: int):
-        self._steps, self._start = steps, start
+    def __init__(self, what: str, total: int | None, start: int = 0, line: str = ""):
+        self._what, self._total, self._start = what, total, start
         self._console = console(stderr=True)
         self._began = self._shown = time.perf_counter()
         self._progress: Progress | None = None
         if self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]train"),
+                TextColumn(f"[bold]{what}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[line]}"),
@@ -70,9 +73,9 @@ class TrainingScreen:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._progress.add_task("train", total=steps, completed=start, line="compiling …")
+            self._task = self._progress.add_task(what, total=total, completed=start, line=line)
 
-    def __enter__(self) -> "TrainingScreen":
+    def __enter__(self: B) -> B:
         if self._progress:
             self._progress.start()
         return self
@@ -81,6 +84,29 @@ class TrainingScreen:
         if self._progress:
             self._progress.stop()
 
+    def show(self, completed: int, line: str) -> None:
+        if self._progress:
+            self._progress.update(self._task, completed=completed, line=line)
+            return
+        now = time.perf_counter()
+        if now - self._shown >= LOG_SECONDS or completed == self._total:
+            self._shown = now
+            of, eta = "", ""
+            if self._total is not None:
+                left = (now - self._began) / max(completed - self._start, 1) * (self._total - completed)
+                of, eta = f"/{self._total}", f"  ETA {duration(left)}"
+            self._console.print(f"{self._what} {completed}{of}  {line}{eta}")
+
+    def event(self, text: str) -> None:
+        self._console.print(text)
+
+
+class TrainingScreen(Bar):
+    """The observer of a training run."""
+
+    def __init__(self, steps: int, start: int):
+        super().__init__("step", steps, start, "compiling …")
+
     def log(self, step: int, info: Mapping[str, float]) -> None:
         line = f"loss {info.get('loss', float('nan')):.3f}  {amount(info['tokens_per_second'])} tokens/s"
         line += f"  {amount(info['model_flops_per_second'])}FLOP/s"
@@ -88,17 +114,7 @@ class TrainingScreen:
             line += f" ({info['peak_share']:.0%} of peak)"
         if info.get("skipped"):
             line += f"  {info['skipped']:.0f} skipped"
-        if self._progress:
-            self._progress.update(self._task, completed=step, line=line)
-            return
-        now = time.perf_counter()
-        if now - self._shown >= LOG_SECONDS or step == self._steps:
-            self._shown = now
-            eta = (now - self._began) / max(step - self._start, 1) * (self._steps - step)
-            self._console.print(f"step {step}/{self._steps}  {line}  ETA {duration(eta)}")
-
-    def event(self, text: str) -> None:
-        self._console.print(text)
+        self.show(step, line)
 
 
 def track(items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:

@@ -23,7 +23,7 @@ class Method(NamedTuple):
 
 
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
-_GUESSING = ("proposer", "guesses")
+_GUESSING = ("proposer", "guesses", "branches")
 _RESHAPING = ("repetition_penalty", "contrast", "contrast_alpha", "contrast_beta", "dola_layers", "language_bias")
 METHODS: Registry[Method] = Registry(
     "decoding method",
@@ -97,6 +97,7 @@ class DecodeConfig:
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
     guesses: int = 8  # tokens guessed a pass
+    branches: int = 1  # guesses behind a guess at most: 1 makes a chain of them, more a tree
 
     def __post_init__(self):
         allowed = (*ALWAYS, *METHODS[self.method].options)
@@ -109,12 +110,14 @@ class DecodeConfig:
                     f"or choose one of {users}"
                 )
         self._check_contrasts()
-        PROPOSERS[self.proposer]
         MEANS[self.ensemble_mean]
-        if self.proposer == "none" and self.guesses != type(self).guesses:
-            raise ValueError(
-                f"guesses={self.guesses} means nothing without a proposer; name one of {sorted(PROPOSERS)}"
-            )
+        proposer = PROPOSERS[self.proposer]
+        for name in ("guesses", "branches"):
+            if name not in proposer.options and getattr(self, name) != getattr(type(self), name):
+                able = [able for able, kind in PROPOSERS.items() if name in kind.options]
+                raise ValueError(
+                    f"{name}={getattr(self, name)} means nothing to proposer={self.proposer!r}; name one of {able}"
+                )
         for name, rule, holds in _RULES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
@@ -148,10 +151,10 @@ class DecodeConfig:
             value, default = getattr(self, option), getattr(type(self), option)
             if value != default and not any(self._is_on(name) for name in users):
                 raise ValueError(f"{option}={value!r} means nothing without {' or '.join(users)}")
-        if self.proposer == "draft_model" and (layers or self.contrast != "none"):
+        if PROPOSERS[self.proposer].drafts and (layers or self.contrast != "none"):
             raise ValueError(
-                "proposer='draft_model' with a contrast: the draft has nobody to be contrasted with, and would guess "
-                "other tokens than those chosen; take proposer='input_copy' or none"
+                f"proposer={self.proposer!r} with a contrast: the draft has nobody to be contrasted with, and would "
+                "guess other tokens than those chosen; take proposer='input_copy' or none"
             )
 
     def _is_on(self, option: str) -> bool:
@@ -162,9 +165,14 @@ class DecodeConfig:
         return METHODS[self.method].selector(self)
 
     @property
+    def block(self) -> int:
+        """Tokens that a pass reads at most: the newest one, and guesses."""
+        return 1 if self.proposer == "none" else self.guesses + 1
+
+    @property
     def slots(self) -> int:
         """Slots that a cache must have: of the longest row, and of the guesses behind it."""
-        return self.max_length + (0 if self.proposer == "none" else self.guesses + 1)
+        return self.max_length + PROPOSERS[self.proposer].blocks * (self.guesses + 1)
 
     def processors(self) -> tuple[Processor, ...]:
         """The processors that are switched on, in the order of `PROCESSORS`."""
@@ -205,5 +213,6 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("contrast_beta", "at least 0", lambda v: 0 <= v < float("inf")),
     ("no_repeat_ngram", "an integer of at least 0 (0: off)", _integer(0)),
     ("guesses", "an integer of at least 1", _integer(1)),
+    ("branches", "an integer of at least 1", _integer(1)),
     ("seed", "an integer of at least 0", _integer(0)),
 )

@@ -13,7 +13,9 @@ from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens
 from mlm.decoding.config import PHRASES, DecodeConfig
 from mlm.decoding.loop import NOTHING, decode
 from mlm.decoding.members import Opened, averaged, contrasted, told
+from mlm.decoding.ngrams import Trigrams
 from mlm.decoding.proposers import PROPOSERS, Inputs
+from mlm.decoding.ranking import cut
 from mlm.decoding.state import NEG_INF, Decoded, Read, Seen
 from mlm.models.transformer import Transformer
 from mlm.models.tree import Tree
@@ -76,15 +78,17 @@ class Generator:
         draft: Params | None = None,
         ensemble: Sequence[Params] = (),
         contrast: Params | None = None,
+        table: Trigrams | None = None,
     ) -> Decoded:
         """Results in the order of `sources`, as NumPy arrays; see `Decoded`, and `decode` for the options.
 
         languages: target language id of each source, which a language-aware model asks for. draft, ensemble, contrast:
-        parameters of the other models. against: what the model reads where contrast="language" contrasts it with
-        itself, prompts as long as its own. given: arrays of one row per source, see `decode`; language_mask=True reads
-        "language_mask", bool [N, V], and language_bias "language_bias", float [N, V]. A decoder alone goes on from its
-        sources: they are the beginnings of its results. Raises ValueError for an empty source, a token outside the
-        vocabulary, a prompt that leaves no room below its limit, or anything of these that is missing or too much.
+        parameters of the other models. table: trigrams for the proposers that look them up. against: what the model
+        reads where contrast="language" contrasts it with itself, prompts as long as its own. given: arrays of one row
+        per source, see `decode`; language_mask=True reads "language_mask", bool [N, V], and language_bias
+        "language_bias", float [N, V]. A decoder alone goes on from its sources: they are the beginnings of its results.
+        Raises ValueError for an empty source, a token outside the vocabulary, a prompt that leaves no room below its
+        limit, or anything of these that is missing or too much.
         """
         count, width = len(sources), self.config.max_length
         reading = self._checked(Reading(sources, prompts, languages))
@@ -116,7 +120,7 @@ class Generator:
         sizes = [len(s) + n for s, n in zip(reading.sources, lengths, strict=True)]
         for chosen in batches(sizes, self._batch_size):
             inputs = jax.device_put(self._inputs(chosen, reading, against, limits, ids, given), self._rows)
-            out = jax.device_get(self._run((params, *ensemble), inputs, draft, contrast))
+            out = jax.device_get(self._run((params, *ensemble), inputs, draft, contrast, table))
             tokens[chosen], scores[chosen], found[chosen], passes[chosen] = (x[: len(chosen)] for x in out)
         return Decoded(tokens, scores, found, passes)
 
@@ -197,7 +201,12 @@ class Generator:
         return inputs
 
     def _decode(
-        self, params: tuple[Params, ...], inputs: Mapping[str, Any], draft: Params | None, contrast: Params | None
+        self,
+        params: tuple[Params, ...],
+        inputs: Mapping[str, Any],
+        draft: Params | None,
+        contrast: Params | None,
+        table: Trigrams | None,
     ) -> Decoded:
         self.compilations += 1  # runs while tracing only
         models = list(zip((self.model, *self.ensemble), params, strict=True))
@@ -215,17 +224,21 @@ class Generator:
             step, cache = contrasted((step, cache), told(other, beginning, ends))
         drafting = None if self.draft is None or draft is None else self._opened(self.draft, draft, inputs)
         sources, lengths = (jnp.repeat(inputs[name], group, axis=0) for name in ("sources", "source_lengths"))
-        return decode(
-            step,
-            cache,
-            self.config,
-            ids=inputs["ids"],
-            limits=inputs["limits"],
-            prompts=inputs.get("prompts"),
-            prompt_lengths=inputs.get("prompt_lengths"),
-            given=inputs.get("given", NOTHING),
-            proposer=PROPOSERS[self.config.proposer].make(Inputs(sources, lengths, drafting), self.config.guesses),
-        )
+        proposer = PROPOSERS[self.config.proposer]
+        with cut(self.model.placement.pieces("vocab")):
+            return decode(
+                step,
+                cache,
+                self.config,
+                ids=inputs["ids"],
+                limits=inputs["limits"],
+                prompts=inputs.get("prompts"),
+                prompt_lengths=inputs.get("prompt_lengths"),
+                given=inputs.get("given", NOTHING),
+                proposer=proposer.make(
+                    Inputs(sources, lengths, drafting, table), self.config.guesses, self.config.branches
+                ),
+            )
 
     def _opened(self, model: Transformer, params: Params, inputs: Mapping[str, Any]) -> Opened:
         """A model's step over the sources it has read, and its empty cache."""
@@ -237,7 +250,8 @@ class Generator:
             encoded = model.encode(params, sources, real.astype(jnp.int32), languages=to)
         elif to is not None:
             to = jnp.repeat(to, rows // to.shape[0])
-        cache = model.init_cache(params, encoded, real, rows, self.config.slots, to)
+        block = max(self.config.block, inputs["prompts"].shape[1] if "prompts" in inputs else 1)
+        cache = model.init_cache(params, encoded, real, rows, self.config.slots, to, block)
         early = self.config.dola_layers
 
         def step(tokens: Array, cache: PyTree, tree: Tree | None = None) -> tuple[Read, PyTree]:
@@ -272,16 +286,15 @@ def _check_models(
     contrast: Transformer | None,
 ) -> None:
     """Raises ValueError where a model is missing, not asked for, or of another vocabulary or kind."""
-    for name, option, value, other in (
-        ("draft", "proposer", "draft_model", draft),
-        ("contrast", "contrast", "model", contrast),
+    drafting = [name for name, kind in PROPOSERS.items() if kind.drafts]
+    for name, option, values, other in (
+        ("draft", "proposer", drafting, draft),
+        ("contrast", "contrast", ["model"], contrast),
     ):
-        wanted, set_to = getattr(config, option) == value, getattr(config, option)
-        if wanted != (other is not None):
-            raise ValueError(
-                f"{option}={set_to!r} {f'needs a {name} model and got none' if wanted else f'asks no {name} model'}: "
-                f"give {name} together with {option}={value!r}"
-            )
+        value = getattr(config, option)
+        if (value in values) != (other is not None):
+            said = f"needs a {name} model and got none" if other is None else f"asks no {name} model"
+            raise ValueError(f"{option}={value!r} {said}: give {name} together with {option}, one of {values}")
     if config.ensemble_mean != type(config).ensemble_mean and not members:
         raise ValueError(f"ensemble_mean={config.ensemble_mean!r} means nothing to one model; give an ensemble")
     named = [("draft", draft), ("contrast", contrast), *(("ensemble", member) for member in members)]

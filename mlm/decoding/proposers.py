@@ -4,33 +4,40 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mlm.decoding.state import Extend, Proposer, State, Step, newest, shifted
-from mlm.models.tree import Tree, chain
+from mlm.decoding.growth import advance, along
+from mlm.decoding.ngrams import Trigrams, successors
+from mlm.decoding.state import NEG_INF, Extend, Proposer, State, Step, newest, shifted
+from mlm.models.tree import Tree, best_first, chain
 from mlm.registry import Registry
-from mlm.types import PyTree
+from mlm.types import PAD_ID, PyTree
 
 MATCHED = 3  # tokens at most by which a row finds its place in the source
 
 
 class Inputs(NamedTuple):
-    """What a proposer may read, a row for each decoding row. draft: a smaller model's step and its empty cache."""
+    """What a proposer may read, a row for each decoding row. draft: a smaller model's step and its empty cache. table:
+    trigrams of text like that to be written.
+    """
 
     sources: Int[Array, "R S"]
     lengths: Int[Array, "R"]
     draft: tuple[Step, PyTree] | None = None
+    table: Trigrams | None = None
 
 
 class NoGuesses:
     """One token a pass."""
 
-    tree = chain(0)
+    @property
+    def tree(self) -> Tree:
+        return chain(0)
 
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
         return ()
@@ -38,7 +45,7 @@ class NoGuesses:
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R 0"], PyTree]:
         return jnp.zeros((state.length.size, 0), jnp.int32), ()
 
-    def observe(self, own: PyTree, grown: Int[Array, "R"]) -> PyTree:
+    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"]) -> PyTree:
         return own
 
 
@@ -85,16 +92,54 @@ class InputCopy(NoGuesses):
 
 
 @dataclass(frozen=True)
+class NGramTable(NoGuesses):
+    """What followed the last two tokens: in a table of text, in the source, and in what the row holds so far.
+
+    Of each node of the tree the children are its best successors by `ngrams.successors`. No second model, no training.
+    Source: Liu et al. 2024 (arXiv:2407.12021), ADED, expanded by rank instead of by a tree search on the host.
+    """
+
+    sources: Int[Array, "R S"]
+    lengths: Int[Array, "R"]
+    table: Trigrams | None
+    shape: Tree
+
+    @property
+    def tree(self) -> Tree:
+        return self.shape
+
+    def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
+        written = jnp.arange(state.tokens.shape[1])[None] < state.length[:, None]
+        known = jnp.arange(self.sources.shape[1])[None] < self.lengths[:, None]
+        # A gap of one place, so that nothing follows the source's end.
+        gap = jnp.full((state.length.size, 1), -1)
+        text = jnp.concatenate([jnp.where(known, self.sources, -1), gap, jnp.where(written, state.tokens, -1)], axis=1)
+        nodes = [state.pending]
+        before = [jnp.where(state.length > 1, newest(state, 2), PAD_ID)]
+        for node, children in enumerate(self.tree.children):
+            below = children[children >= 0]
+            if not below.size:
+                continue
+            found = successors(self.table, text, before[node], nodes[node], below.size)
+            # Children of the earlier nodes have the smaller numbers, so they are appended in order.
+            nodes += [found[:, rank] for rank in range(below.size)]
+            before += [nodes[node]] * below.size
+        return jnp.stack(nodes[1:], axis=1), ()
+
+
+@dataclass(frozen=True)
 class DraftModel(NoGuesses):
     """What a smaller model of the same vocabulary would write, by the same search and with the same noise.
 
     Of its `width` guesses the expected number of tokens a pass is (1 - a^(W+1)) / (1 - a), a the share of positions
-    where both choose the same. Sources: Leviathan et al. 2023 (arXiv:2211.17192); shared noise: Daliri et al. 2025.
+    where both choose the same. inner: who guesses for the draft model itself (staged speculation). Sources: Leviathan
+    et al. 2023 (arXiv:2211.17192); shared noise: Daliri et al. 2025; stages: Spector & Ré 2023 (arXiv:2308.04623).
     """
 
     step: Step
-    cache: PyTree  # empty; slots for width + 1 tokens beyond the longest row
+    cache: PyTree  # empty; slots for the guesses of both beyond the longest row
     width: int = 4
+    inner: Proposer = NO_GUESSES
 
     @property
     def tree(self) -> Tree:
@@ -102,49 +147,116 @@ class DraftModel(NoGuesses):
 
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
         cache = self.cache if read is None else self.step(read, self.cache)[1]
-        return {**cache, "length": cache["length"] + length}
+        return {**cache, "length": cache["length"] + length}, self.inner.begin(read, length)
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
-        first = state.proposal["length"]
+        # One token more than guesses: the last guess, too, must be in the draft's cache should it be right.
+        cache, inner = state.proposal
+        alone = state._replace(cache=cache, proposal=inner, limit=state.length + self.width + 1)
+        alone = jax.lax.while_loop(
+            lambda alone: ~jnp.all(alone.done),
+            lambda alone: advance(alone, step=self.step, extend=extend, proposer=self.inner),
+            alone,
+        )
+        at = state.length[:, None] + jnp.arange(self.width)
+        guesses = jnp.take_along_axis(alone.tokens, jnp.minimum(at, state.tokens.shape[1] - 1), axis=1)
+        there = at < jnp.minimum(alone.length, state.tokens.shape[1])[:, None]
+        own = {**alone.cache, "length": cache["length"]}, alone.proposal
+        return jnp.where(there, guesses, -1), own
 
-        def guess(carry: tuple[State, PyTree], _: None) -> tuple[tuple[State, PyTree], Array]:
-            state, cache = carry
-            active = ~state.done
-            read, cache = self.step(state.pending[:, None], cache)
-            state = extend(state, read.logits[:, 0], active)
-            return (state, {**cache, "length": cache["length"] + 1}), jnp.where(active, state.pending, -1)
+    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"]) -> PyTree:
+        cache, inner = own
+        return {**cache, "length": cache["length"] + grown}, inner
 
-        # One step more than guesses: the last guess, too, must be in the draft's cache should it be right.
-        alone = state._replace(cache=None, proposal=())
-        (_, cache), guesses = jax.lax.scan(guess, (alone, state.proposal), None, length=self.width + 1)
-        return guesses[:-1].T, {**cache, "length": first}
 
-    def observe(self, own: PyTree, grown: Int[Array, "R"]) -> PyTree:
+@dataclass(frozen=True)
+class DraftTree(NoGuesses):
+    """Shaped as `shape`, what a smaller model would write: at every node its best tokens by the same search and noise.
+
+    The draft reads the tree level by level, each time from its root, so its passes are as many as the tree is deep,
+    and one. Source: Spector & Ré 2023 (arXiv:2308.04623).
+    """
+
+    step: Step
+    cache: PyTree
+    shape: Tree
+
+    @property
+    def tree(self) -> Tree:
+        return self.shape
+
+    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
+        return DraftModel(self.step, self.cache).begin(read, length)[0]
+
+    def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
+        tree, cache, rows = self.tree, state.proposal, jnp.arange(state.length.size)
+        states: list[State] = [state._replace(cache=None, proposal=())]
+        for level in range(int(tree.depth.max()) + 1):
+            known = int((tree.depth <= level).sum())
+            block = jnp.stack([node.pending for node in states], axis=1)
+            read, cache = self.step(block, cache, Tree(tree.parents[:known]))
+            for node in range(known):
+                if tree.depth[node] < level:
+                    continue
+                logits = read.logits[:, node]
+                for _ in range(int((tree.children[node] >= 0).sum())):
+                    states.append(extend(states[node], logits, ~states[node].done))
+                    logits = logits.at[rows, states[-1].pending].set(NEG_INF)
+        guesses = [jnp.where(states[tree.parents[n]].done, -1, states[n].pending) for n in range(1, tree.size)]
+        return jnp.stack(guesses, axis=1), cache
+
+    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"]) -> PyTree:
+        own = along(own, self.tree, path)
         return {**own, "length": own["length"] + grown}
 
 
 class Kind(NamedTuple):
-    """How a proposer is made of a batch's inputs and the number of guesses, and what it does, in a line."""
+    """How a proposer is made of a batch's inputs, of guesses and branches, and what it does, in a line."""
 
-    make: Callable[[Inputs, int], Proposer]
+    make: Callable[[Inputs, int, int], Proposer]
     summary: str
+    blocks: int = 1  # blocks of guesses that may stand in the cache behind the longest row
+    options: tuple[str, ...] = ("guesses",)  # of `DecodeConfig`, that it reads
+    drafts: bool = False  # whether it asks a smaller model
 
 
-def _draft_model(inputs: Inputs, width: int) -> DraftModel:
+def _ngram_table(inputs: Inputs, guesses: int, branches: int) -> NGramTable:
+    return NGramTable(inputs.sources, inputs.lengths, inputs.table, best_first(guesses, branches))
+
+
+def _draft_model(inputs: Inputs, guesses: int, branches: int) -> Proposer:
     assert inputs.draft is not None
     step, cache = inputs.draft
-    return DraftModel(step, cache, width)
+    return DraftModel(step, cache, guesses) if branches == 1 else DraftTree(step, cache, best_first(guesses, branches))
 
 
+def _staged(inputs: Inputs, guesses: int, branches: int) -> DraftModel:
+    drafting = _draft_model(inputs, guesses, 1)
+    assert isinstance(drafting, DraftModel)
+    return replace(drafting, inner=_ngram_table(inputs, guesses, branches))
+
+
+_TREE = ("guesses", "branches")
 PROPOSERS: Registry[Kind] = Registry(
     "proposer",
-    none=Kind(lambda inputs, width: NO_GUESSES, "one token a pass"),
+    none=Kind(lambda inputs, guesses, branches: NO_GUESSES, "one token a pass", blocks=0, options=()),
     input_copy=Kind(
-        lambda inputs, width: InputCopy(inputs.sources, inputs.lengths, width),
+        lambda inputs, guesses, branches: InputCopy(inputs.sources, inputs.lengths, guesses),
         "the source from where the row stands in it (Sun et al. 2021)",
     ),
+    ngram_table=Kind(
+        _ngram_table,
+        "what followed the last two tokens before: in a text, the source, the row itself (Liu et al. 2024)",
+        options=_TREE,
+    ),
     draft_model=Kind(
-        _draft_model,
-        "what a smaller model would write (Leviathan et al. 2023)",
+        _draft_model, "what a smaller model would write (Leviathan et al. 2023)", options=_TREE, drafts=True
+    ),
+    staged=Kind(
+        _staged,
+        "a smaller model, for which the n-gram table guesses in turn (Spector & Ré 2023)",
+        blocks=2,
+        options=_TREE,
+        drafts=True,
     ),
 )

@@ -6,10 +6,15 @@ several times faster.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+_pieces: ContextVar[int] = ContextVar("pieces of the vocabulary", default=1)
 
 
 def first_max(x: Float[Array, "R V"]) -> Int[Array, "R"]:
@@ -29,11 +34,33 @@ def top_k(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R N"], Int[
     blocks = -(-size // width)
     if blocks <= 2 * count:
         return _sorted(x, count)
+    if size % _pieces.get() == 0 and _pieces.get() > 1:
+        return _of_pieces(x.reshape(rows, _pieces.get(), -1), count)
     table = jnp.pad(x, ((0, 0), (0, blocks * width - size)), constant_values=-jnp.inf).reshape(rows, blocks, width)
     chosen = jnp.sort(_sorted(jnp.max(table, axis=-1), count)[1], axis=-1)  # in order, so that ties stay in order
     within = jax.vmap(lambda row, block: row[block])(table, chosen).reshape(rows, count * width)
     values, at = _sorted(within, count)
     return values, jnp.take_along_axis(chosen, at // width, axis=-1) * width + at % width
+
+
+@contextmanager
+def cut(pieces: int) -> Iterator[None]:
+    """While a program is traced: the vocabulary lies in so many equal pieces on as many devices, each of which is to
+    rank its own, so that devices tell each other of N tokens a row and not of V.
+    """
+    token = _pieces.set(pieces)
+    try:
+        yield
+    finally:
+        _pieces.reset(token)
+
+
+def _of_pieces(x: Float[Array, "R P v"], count: int) -> tuple[Float[Array, "R N"], Int[Array, "R N"]]:
+    with cut(1):
+        values, index = jax.vmap(lambda piece: top_k(piece, count), in_axes=1, out_axes=1)(x)
+    index = index + (jnp.arange(x.shape[1]) * x.shape[2])[None, :, None]
+    best, at = _sorted(values.reshape(x.shape[0], -1), count)
+    return best, jnp.take_along_axis(index.reshape(x.shape[0], -1), at, axis=-1)
 
 
 def _sorted(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R N"], Int[Array, "R N"]]:

@@ -116,8 +116,8 @@ class Proposer(Protocol):
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
         """(guesses, its own state); -1: none. extend: how the search grows a row from given logits."""
 
-    def observe(self, own: PyTree, grown: Int[Array, "R"]) -> PyTree:
-        """Its own state after the pass, by which every row grew by so many tokens."""
+    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"]) -> PyTree:
+        """Its own state after the pass, by which every row grew by so many tokens, read at these nodes of the tree."""
 
 
 Processor = Callable[[Float[Array, "R V"], State], Float[Array, "R V"]]

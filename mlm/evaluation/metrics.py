@@ -86,8 +86,7 @@ def bleu(targets: Sequence[str], predictions: Sequence[str], language: str = "")
     """
     from sacrebleu.metrics import BLEU
 
-    tokenizer = "zh" if _base(language) == "zh" else "char" if _base(language) in UNSPACED else "13a"
-    return _sacrebleu("bleu", BLEU(tokenize=tokenizer), targets, predictions)
+    return _sacrebleu("bleu", BLEU(tokenize=bleu_tokenizer(language)), targets, predictions)
 
 
 def chrf(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float | str]:
@@ -146,6 +145,11 @@ def normal_answer(text: str, language: str = "") -> str:
         text = re.sub(r"\bال", "", text)
     articles = ARTICLES.get(_base(language) or "en", "").split()
     return " ".join(word for word in text.split() if word not in articles)
+
+
+def bleu_tokenizer(language: str) -> str:
+    """Sacrebleu's name for how to find the words of a language."""
+    return "zh" if _base(language) == "zh" else "char" if _base(language) in UNSPACED else "13a"
 
 
 def _base(language: str) -> str:

@@ -75,21 +75,26 @@ def to_html(report: Report) -> str:
     body = [
         f"<h1>Run {escape(report.run)}</h1>{badge}<p>{escape(summary(report))}</p>",
         _tiles(report),
-        _section("Loss", _losses(report)),
-        _section("Loss of each language over time", _language_losses(report)),
-        _section("Bits per byte of held-out text", _bits(report)),
-        _section("What was read", f'<p class="note">{escape(SAMPLING_TEXT)}</p>' + _table(*sampling_table(report))),
-        _section("Translations of held-out sentences", _translations(report)),
-        _section("Gaps in held-out text", _gaps(report)),
-        _section("Throughput", _throughput(report)),
-        _section(
+        section("Loss", _losses(report)),
+        section("Loss of each language over time", _language_losses(report)),
+        section("Bits per byte of held-out text", _bits(report)),
+        section("What was read", f'<p class="note">{escape(SAMPLING_TEXT)}</p>' + table(*sampling_table(report))),
+        section("Translations of held-out sentences", _translations(report)),
+        section("Gaps in held-out text", _gaps(report)),
+        section("Throughput", _throughput(report)),
+        section(
             "How to go on", "".join(f"<p>{escape(what)}</p><pre>{escape(how)}</pre>" for what, how in report.next_steps)
         ),
     ]
+    return page(f"Run {report.run}", body)
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    """HTML of a whole file: its parts under one style; a click on the head of a table sorts it."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Run {escape(report.run)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(body)
         + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
@@ -119,7 +124,7 @@ def _losses(report: Report) -> str:
         Line("training", report.curve("train"), 0),
         Line(report.held_out, report.curve(report.held_out), 1, dots=True),
     ]
-    return _figure(
+    return figure(
         plots.lines(series, x="step", y="loss (nats per target token)"),
         "Training: the mean of the batches since the point before. Held out: the same rows at every evaluation.",
     )
@@ -133,7 +138,7 @@ def _language_losses(report: Report) -> str:
         for code, points in curves.items()
     ]
     windows = max(map(len, curves.values()), default=0)
-    return _figure(
+    return figure(
         plots.lines(series, x="step", y="training loss (nats per target token)"),
         f"One line for each of {len(curves)} languages: the mean over its target tokens, denoised and translated, "
         f"in {windows} windows of steps. Coloured: the most text in each of {len(named)} writing systems. "
@@ -176,7 +181,7 @@ def _bits(report: Report) -> str:
         f"{report.task} {report.told} Bytes: UTF-8, of the hidden text that was scored. Fresh: the same model before "
         "training. Gain: bits saved against the better of fresh parameters and the mixture's unigram."
     )
-    return _figure(plot, caption) + f'<p class="note">{escape(text)}</p>' + _table(*bits_table(report))
+    return figure(plot, caption) + f'<p class="note">{escape(text)}</p>' + table(*bits_table(report))
 
 
 def _translations(report: Report) -> str:
@@ -217,7 +222,7 @@ def _gaps(report: Report) -> str:
 
 def _throughput(report: Report) -> str:
     plot = plots.lines([Line("", report.throughput, 0)], x="step", y="tokens per second", zero=True)
-    return _figure(plot, "Source and target tokens of training, evaluation not counted.") + _table(
+    return figure(plot, "Source and target tokens of training, evaluation not counted.") + table(
         ("", ""), facts(report), sort=False
     )
 
@@ -249,7 +254,8 @@ def _text(report: Report, code: str, text: str, raw: bool = False) -> str:
     return f'<dd lang="{escape(code)}" dir="{direction}">{shown or "<i class=none>(nothing)</i>"}</dd>'
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], sort: bool = True) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], sort: bool = True) -> str:
+    """A column with ">" in front holds numbers."""
     numbers = [c.startswith(">") for c in columns]
     kind = ['<td class="n">' if number else "<td>" for number in numbers]
     head = "".join(
@@ -263,11 +269,11 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], sort: bool = T
     return f'<div class="box">{start}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
-def _figure(plot: str, caption: str) -> str:
+def figure(plot: str, caption: str) -> str:
     return f"<figure>{plot}<figcaption>{escape(caption)}</figcaption></figure>"
 
 

@@ -76,7 +76,7 @@ def lines(
         if line.dots or len(line.points) == 1:
             parts += [
                 f'<circle cx="{frame.x(a):.1f}" cy="{frame.y(b):.1f}" r="3.5" style="fill:{_colour(line.colour)}">'
-                f"<title>{escape(line.tip or line.label)} at {a:,.0f}: {b:.3f}</title></circle>"
+                f"<title>{escape(line.tip or line.label)} at {a:,.10g}: {b:.3f}</title></circle>"
                 for a, b in line.points
             ]
     ends = sorted(((frame.y(line.points[-1][1]), line) for line in named), key=lambda end: end[0])

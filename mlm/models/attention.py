@@ -203,7 +203,7 @@ class Attention(Sublayer):
         seen = []
         if self.spec.reads_itself:
             k, v = self.keys_values(h, view.positions)
-            slots = view.written(slots, {"key": k, "value": v})
+            slots = view.written(slots, {"key": k, "value": v}, ring=self.spec.window is not None)
             seen.append(Seen(slots["key"], slots["value"], self._sight(view)))
         if self.spec.reads_memory:
             seen.append(Seen(kept["key"], kept["value"], view.memory_sight()))
@@ -212,7 +212,10 @@ class Attention(Sublayer):
     def kept(self, memory: SourceHidden | None, real: Bool[Array, "B S"] | None) -> PyTree:
         return dict(zip(("key", "value"), self.keys_values(memory), strict=True)) if self.spec.reads_memory else {}
 
-    def slots(self, rows: int, length: int, dtype: jnp.dtype) -> PyTree:
+    def slots(self, rows: int, length: int, block: int, dtype: jnp.dtype) -> PyTree:
+        # A window moves over a ring, which holds what the first of a block sees and the block, so that a block may be
+        # read again from any place in it.
+        length = min(length, self.spec.window + block - 1) if self.spec.window else length
         shape = (rows, self.spec.key_heads, length, self.spec.head_dim)
         return {kind: jnp.zeros(shape, dtype) for kind in ("key", "value")} if self.spec.reads_itself else {}
 

@@ -14,6 +14,7 @@ from mlm.models.specs import (
     LayerSpec,
     NormSpec,
     PositionSpec,
+    RecurrentSpec,
     ResidualSpec,
     RouterSpec,
     SublayerSpec,

@@ -109,12 +109,12 @@ class Layer(nnx.Module):
         return x, written
 
     def init_cache(
-        self, memory: SourceHidden | None, real: Array | None, rows: int, length: int, dtype: Any
+        self, memory: SourceHidden | None, real: Array | None, rows: int, length: int, block: int, dtype: Any
     ) -> tuple[PyTree, PyTree]:
         """(what is kept of the encoder's states, empty slots), of the sublayers that have any."""
         bodies = {name: getattr(self, name) for name in self.names}
         kept = {name: body.kept(memory, real) for name, body in bodies.items()}
-        slots = {name: body.slots(rows, length, dtype) for name, body in bodies.items()}
+        slots = {name: body.slots(rows, length, block, dtype) for name, body in bodies.items()}
         return {name: x for name, x in kept.items() if x}, {name: x for name, x in slots.items() if x}
 
     def _around(

@@ -56,8 +56,10 @@ class Sublayer(nnx.Module):
         """What decoding steps read of the encoder's states, computed once. real: False at their padding."""
         return {}
 
-    def slots(self, rows: int, length: int, dtype: jnp.dtype) -> PyTree:
-        """Empty arrays [rows, …, length, …], the rows' axis 0 and the slots' axis 2."""
+    def slots(self, rows: int, length: int, block: int, dtype: jnp.dtype) -> PyTree:
+        """Empty arrays [rows, …, slots, …], the rows' axis 0 and the slots' axis 2, for rows of `length` positions that
+        are read in blocks of at most `block`.
+        """
         return {}
 
 

@@ -88,7 +88,7 @@ class Recurrent(Sublayer):
         first = jnp.take_along_axis(memory, jnp.argmax(real, axis=1)[:, None, None], axis=1)
         return {**self._aligned(memory), "start": self._started(first)[:, 0]}
 
-    def slots(self, rows: int, length: int, dtype: jnp.dtype) -> PyTree:
+    def slots(self, rows: int, length: int, block: int, dtype: jnp.dtype) -> PyTree:
         return {"state": jnp.zeros((rows, 1, length, self.spec.width))}
 
     def _check(self, view: View) -> None:

@@ -36,7 +36,7 @@ class Sight:
     queries and keys; a query sees its own example only, and nobody sees segment 0, padding (None: all are one
     example). prefix: queries and keys that see each other whatever the order, within the window. table: the biases
     of t5_bucket. tree: of the queries, whose keys stand from slot `start` on: a query sees the keys before and its own
-    ancestors, at the distance of their depths.
+    ancestors, at the distance of their depths. ring: the S keys are the newest of a row, each at its index modulo S.
     """
 
     shape: tuple[int, int]
@@ -50,6 +50,7 @@ class Sight:
     heads: int = 0
     table: Float[Array, "H buckets"] | None = None
     tree: Tree | None = None
+    ring: bool = False
 
     def drawn(self) -> Drawn:
         return Drawn(self.mask(), self.bias())
@@ -62,10 +63,22 @@ class Sight:
             mask = mask & segment_mask(*self.segments)
         if self.tree is not None:
             mask = mask & self._ancestry(self.tree)
+        if self.ring:
+            mask = mask & (self._keys() >= 0)[:, None]
         return mask[:, None]
 
+    def on_ring(self, slots: int) -> "Sight":
+        """The same queries before the ring that holds the newest keys of their rows."""
+        sight = replace(self, shape=(self.shape[0], slots), ring=True)
+        if self.prefix is None:
+            return sight
+        place = sight._keys() - jnp.asarray(self.start)[:, None]
+        queries = self.prefix[0]
+        flags = jnp.take_along_axis(queries, jnp.clip(place, 0, self.shape[0] - 1), axis=1)
+        return replace(sight, prefix=(queries, flags & (place >= 0)))
+
     def _ancestry(self, tree: Tree) -> Bool[Array, "R T S"]:
-        node = jnp.arange(self.shape[1]) - jnp.asarray(self.start)[:, None]
+        node = self._keys() - jnp.asarray(self.start)[:, None]
         related = jnp.asarray(tree.ancestors)[:, jnp.clip(node, 0, tree.size - 1)]
         return (node < 0)[:, None] | (jnp.moveaxis(related, 0, 1) & (node < tree.size)[:, None])
 
@@ -81,7 +94,7 @@ class Sight:
     def bias(self) -> Float[Array, "_ H T S"] | None:
         """Of the distance alone, so one query's row of T + S - 1 keys holds every entry."""
         queries, keys = self._indices()
-        if self.tree is not None:  # but for a tree, whose depths are no diagonals
+        if self.tree is not None or self.ring:  # where nothing runs along diagonals
             return self._between(queries, keys)
         row = self._between(queries[..., -1:], keys[0] + jnp.arange(sum(self.shape) - 1))
         if row is None:
@@ -99,11 +112,19 @@ class Sight:
 
     def _indices(self) -> tuple[Int[Array, "*R T"], Int[Array, "*_ S"]]:
         """Places of queries and keys."""
-        start, slots = jnp.asarray(self.start)[..., None], self.first_key + jnp.arange(self.shape[1])
+        start, keys = jnp.asarray(self.start)[..., None], self._keys()
         if self.tree is None:
-            return start + jnp.arange(self.shape[0]), slots
-        node = jnp.clip(slots - start, 0, self.tree.size - 1)
-        return start + self.tree.depth, jnp.where(slots < start, slots, start + jnp.asarray(self.tree.depth)[node])
+            return start + jnp.arange(self.shape[0]), keys
+        node = jnp.clip(keys - start, 0, self.tree.size - 1)
+        return start + self.tree.depth, jnp.where(keys < start, keys, start + jnp.asarray(self.tree.depth)[node])
+
+    def _keys(self) -> Int[Array, "*_ S"]:
+        """Index of every key in its row; of a ring, that of the last one written to its slot by the block's end."""
+        slots = jnp.arange(self.shape[1])
+        if not self.ring:
+            return self.first_key + slots
+        newest = jnp.asarray(self.start)[:, None] + self.shape[0] - 1
+        return newest - (newest - slots) % self.shape[1]
 
     def reach(self) -> Reach:
         """How far order lets a query see behind and ahead of itself, for all that is known before a run."""

@@ -199,6 +199,16 @@ class Stack:
         x = frame.final_norm(x, its.target_languages) if config.final_norm else x
         return dropout(x, its.rate, None if keys is None else keys[1]), _by_depth(notes, rest_notes)
 
+    def _rings(self, params: Params, own: tuple[PyTree, ...]) -> dict[int, int]:
+        """window -> slots that the layers with such a window have."""
+        found = {}
+        for layer, slots in zip(self.layer_list(params), own, strict=True):
+            for name in slots:
+                window = getattr(getattr(layer, name).spec, "window", None)
+                if window is not None:
+                    found[window] = slots[name]["key"].shape[2]
+        return found
+
     def read_positions(self, params: Params, length: int) -> Reading | None:
         """What queries and keys at the first `length` positions add to the logits; None if nobody reads positions.
 
@@ -254,10 +264,11 @@ class Stack:
         real: Bool[Array, "B S"] | None,
         rows: int,
         length: int,
+        block: int,
         dtype: jnp.dtype,
     ) -> tuple[PyTree, PyTree]:
         """(what is kept of the encoder's states per layer, empty slots per layer): see `Transformer.init_cache`."""
-        both = [layer.init_cache(memory, real, rows, length, dtype) for layer in self.layer_list(params)]
+        both = [layer.init_cache(memory, real, rows, length, block, dtype) for layer in self.layer_list(params)]
         return tuple(kept for kept, _ in both), tuple(own for _, own in both)
 
     def step(
@@ -281,7 +292,7 @@ class Stack:
                 "a stack with recurrent units, or whose positions are read as digits, takes chains of guesses only: "
                 "what it makes of a token depends on the slot before it"
             )
-        slots = jax.tree.leaves(cache["self"])[0].shape[2]
+        slots = max(leaf.shape[2] for leaf in jax.tree.leaves(cache["self"]))
         start, block = cache["length"], rows.shape[1]
         at = start[:, None] + (jnp.arange(block) if tree is None else tree.depth)
         own = Sight(shape=(block, slots), start=start, causal=config.causal, tree=tree)
@@ -300,6 +311,7 @@ class Stack:
             ),
             specs=config.attentions(),
             table=frame.position[...] if config.shared_table() else None,
+            rings=self._rings(params, cache["self"]),
             attend=attend,  # a block against its cache is small: what plain attention makes of it is Q x M
             draws=True,
             spelled=bias(cache["positions"].query[at], cache["positions"].key) if config.seqpe() else None,

@@ -126,7 +126,7 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, placement: Placement = ONE_DEVICE):
         self.config = config
-        self._placement = placement
+        self.placement = placement
         self._dtype = jnp.dtype(config.dtype)
         for stack in config.stacks().values():
             path_of(stack, config.dtype)  # refuses what does not fit before anything is traced
@@ -136,7 +136,7 @@ class Transformer:
 
     def starting_with(self, token: int) -> "Transformer":
         """The same, but that its decoder reads this token first."""
-        return Transformer(replace(self.config, start_token=token), self._placement)
+        return Transformer(replace(self.config, start_token=token), self.placement)
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters: {"embedding", "head", "encoder": {...}, "decoder": {...}}, those that there are."""
@@ -187,7 +187,7 @@ class Transformer:
             its = Pass(
                 real=own > 0,
                 rate=self.config.stacks()[stack].dropout,
-                placement=self._placement,
+                placement=self.placement,
                 languages=batch[f"{stack}_language_ids"] if languages else None,
                 language_count=languages,
                 target_languages=to.get(stack),
@@ -242,7 +242,7 @@ class Transformer:
         its = Pass(
             real=segments > 0,
             rate=self.config.stacks()["encoder"].dropout,
-            placement=self._placement,
+            placement=self.placement,
             target_languages=self._checked(languages),
         )
         rows = self._rows(params, "encoder", tokens)
@@ -326,10 +326,13 @@ class Transformer:
         rows: int,
         length: int,
         languages: Int[Array, "B"] | None = None,
+        block: int | None = None,
     ) -> PyTree:
-        """The decoding state of `rows` rows (batch x beams) with `length` slots each.
+        """The decoding state of `rows` rows (batch x beams) of `length` positions each. block: how many are read at
+        once at most (None: maybe all), which tells how long the ring of a windowed layer must be.
 
-        {"length": [R] slots in use, "self": per layer, name, key|value [R, H, length, K],
+        {"length": [R] positions in use, "self": per layer, name, key|value [R, H, M, K], M = `length` slots, or the
+         fewer min(length, window + block - 1) of a ring,
          "cross": per layer the source's keys and values, computed once and kept at B rows, "source_mask": [B, S]};
         in a language-aware model also "languages" [R], the target languages; where positions are read as digits,
         "positions", what all slots' are to queries and keys.
@@ -341,7 +344,7 @@ class Transformer:
         to = self._checked(languages)
         memory = encoded if encoded is None else self._bridged(params, encoded, to)
         cross, own = self._stacks["decoder"].init_cache(
-            params["decoder"], memory, source_mask, rows, length, self._dtype
+            params["decoder"], memory, source_mask, rows, length, block or length, self._dtype
         )
         cache = {"length": jnp.zeros(rows, jnp.int32), "self": own, "cross": cross, "source_mask": source_mask}
         if (reading := self._stacks["decoder"].read_positions(params["decoder"], length)) is not None:
@@ -360,8 +363,9 @@ class Transformer:
         prefix, which see each other and so must come in one block. tree: of Q nodes, each of which sees what is in the
         cache and its own ancestors; a chain where there is none.
 
-        Their keys stand in slots length, length + 1, …; "length" itself is not advanced, so a caller commits n of the
-        Q tokens by adding n to it, and rolls back by not adding. length + Q must not exceed the slots.
+        Their keys stand in slots length, length + 1, … (of a ring, modulo its size); "length" itself is not advanced,
+        so a caller commits n of the Q tokens by adding n to it, and rolls back by not adding. length + Q must not
+        exceed the positions that the cache was made for.
         """
         (logits,), hidden, cache = self.step_by_depth(params, tokens, cache, (), prefix, tree)
         return logits, hidden, cache
@@ -380,7 +384,7 @@ class Transformer:
         """
         rows = self._rows(params, "decoder", tokens)
         stack = self._stacks["decoder"]
-        states, own = stack.step(params["decoder"], rows, cache, self._placement, prefix, tree, early)
+        states, own = stack.step(params["decoder"], rows, cache, self.placement, prefix, tree, early)
         to = cache["languages"][:, None] if "languages" in cache else None
         states = tuple(self._offset(params, x, to) for x in states)
         return tuple(self.logits(params, x) for x in states), states[0], {**cache, "self": own}
@@ -418,7 +422,7 @@ class Transformer:
 
     def _bridged(self, params: Params, memory: SourceHidden | None, to: Int[Array, "B #S"] | None) -> Any:
         """The encoder's states as the decoder reads them."""
-        return self._bind_ends(params).bridge(memory, to, self._placement) if self.config.bridge else memory
+        return self._bind_ends(params).bridge(memory, to, self.placement) if self.config.bridge else memory
 
     def _offset(self, params: Params, hidden: Hidden, to: Int[Array, "B #T"] | None) -> Hidden:
         return self._bind_ends(params).offsets(hidden, to) if self.config.head.offsets else hidden

@@ -58,3 +58,19 @@ class Tree:
 def chain(guesses: int) -> Tree:
     """A root and so many guesses, each behind the one before."""
     return Tree(tuple(range(-1, guesses)))
+
+
+def best_first(guesses: int, branches: int, share: float = 0.7) -> Tree:
+    """The nodes that are most probably right, at most `branches` behind each, where the r-th best guess (r = 0, 1, …)
+    is right with probability share·(1 - share)^r. Numbered by depth, ties to the better rank. Source: Spector & Ré 2023
+    (arXiv:2308.04623), with one rate of acceptance in place of the draft's own probabilities, so that shapes are known.
+    """
+    chosen: list[tuple[int, ...]] = []  # a node is the ranks on its path
+    frontier: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
+    while len(chosen) <= guesses:
+        frontier.sort(key=lambda entry: (round(entry[0], 12), entry[1]))
+        value, path = frontier.pop(0)
+        chosen.append(path)
+        frontier += [(value * share * (1 - share) ** rank, (*path, rank)) for rank in range(branches)]
+    chosen.sort(key=lambda path: (len(path), path))
+    return Tree(tuple(-1 if not path else chosen.index(path[:-1]) for path in chosen))

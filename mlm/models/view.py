@@ -1,7 +1,8 @@
 """What the layers of one pass look at and from where, and the slots of a cache that it writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from mlm.models.sight import Drawn, Sight
 from mlm.models.specs import AttentionSpec
 from mlm.types import PyTree, SourceHidden
 
+NO_RINGS: Mapping[int, int] = MappingProxyType({})
 Attend = Callable[..., Float[Array, "R H T K"]]  # takes what `attention.attend` takes, and gives the same numbers
 
 
@@ -36,9 +38,10 @@ class View:
         attend: Attend,
         draws: bool,
         spelled: Float[Array, "_ H T M"] | None = None,
+        rings: Mapping[int, int] = NO_RINGS,
     ):
         self.own, self.positions, self.memory, self.attend = own, positions, memory, attend
-        self._table, self._draws = table, draws
+        self._table, self._draws, self._rings = table, draws, rings
         self._masks, self._biases = {}, {}
         self._memory_sight: Sight | Drawn | None = memory_sight
         if not draws:
@@ -69,17 +72,29 @@ class View:
         assert self._memory_sight is not None
         return self._memory_sight
 
-    def written(self, slots: PyTree, block: PyTree) -> PyTree:
-        """The slots [R, G, M, K] with the block [R, G, Q, K] in those of its positions, for every array of a tree."""
+    def written(self, slots: PyTree, block: PyTree, ring: bool = False) -> PyTree:
+        """The slots [R, G, M, K] with the block [R, G, Q, K] in those from its first position on, for every array of a
+        tree. ring: they go round.
+        """
         start = self.positions[:, 0]
+        if ring:
+            return jax.tree.map(lambda own, new: written_round(own, new, start), slots, block)
         write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
         return jax.tree.map(lambda own, new: write(own, new, start), slots, block)
 
     def _sight(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None) -> Sight:
-        return replace(self.own, window=spec.window, position=spec.position, heads=spec.heads, table=table)
+        sight = replace(self.own, window=spec.window, position=spec.position, heads=spec.heads, table=table)
+        ring = None if spec.window is None else self._rings.get(spec.window)
+        return sight if ring is None else sight.on_ring(ring)
 
 
 def slots_of(flags: Bool[Array, "R Q"], start: Int[Array, "R"], slots: int) -> Bool[Array, "R M"]:
     """Which slots of a cache hold the flagged positions of a block that is stored from `start` on."""
     none = jnp.zeros(slots, bool)
     return jax.vmap(lambda row, at: jax.lax.dynamic_update_slice(none, row, (at,)))(flags, start)
+
+
+def written_round(slots: Float[Array, "R G M K"], block: Float[Array, "R G Q K"], start: Int[Array, "R"]) -> Array:
+    """The slots with the block in those from `start` on, modulo their number."""
+    places = (start[:, None] + jnp.arange(block.shape[2])) % slots.shape[2]
+    return jax.vmap(lambda row, new, at: row.at[:, at].set(new))(slots, block, places)

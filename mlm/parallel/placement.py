@@ -26,6 +26,10 @@ class MeshPlacement(Placement):
         """The activation, pinned by the rule table. Raises ValueError while tracing for a name without a rule."""
         return self._pin(array, axes)
 
+    def pieces(self, axis: str) -> int:
+        (names,) = spec((axis,), self._mesh)
+        return math.prod(self._mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
+
     def by_expert(self, body: Callable, rows: Params, weights: Params, axes: Mapping[str, Axes]) -> jax.Array:
         """Every device runs `body` on its own experts; rows and results go round the owners in a ring.
 

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from mlm.data.batching import Example
-from mlm.data.evaluator import compute_metrics, forced_beginning, packed_batches, predicts, read_examples
+from mlm.data.evaluator import Outcome, compute_metrics, forced_beginning, packed_batches, predicts, read_examples
 from mlm.data.languages import LANGUAGES
 from mlm.data.recipes import Lengths
 from mlm.decoding.buckets import shards
 from mlm.decoding.generate import Generator
+from mlm.decoding.state import Decoded
 from mlm.evaluation.language_loss import LanguageLosses
 from mlm.evaluation.results import LanguageTable, language_table, totals
+from mlm.session.language_control import given
 from mlm.session.session import Session
 
 GROUP = 1024  # examples; their tasks are evaluated together, and their results known
@@ -38,15 +40,7 @@ def evaluate_each(
         begins = partial(forced_beginning, vocabulary=session.vocabulary)
         predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], [e.language for e in asked])
         for name, examples in group.items():
-            outcome = compute_metrics(
-                name,
-                session.vocabulary,
-                lengths,
-                predict=_told(predictions, {_key(e.inputs, begins(e.targets)): e.language for e in examples}),
-                score=_told(session.score_tokens, {_key(e.inputs, e.targets): e.language for e in examples}),
-                split=split,
-                num_examples=num_examples,
-            )
+            outcome = outcome_of(session, name, examples, predictions, lengths, split, num_examples)
             result = {**session.about(name, split), "examples": len(examples), **totals(tables[name])}
             result["metrics"] = outcome.metrics
             if outcome.predictions:
@@ -55,13 +49,38 @@ def evaluate_each(
             yield name, {**result, "languages": tables[name]}
 
 
+def outcome_of(
+    session: Session,
+    name: str,
+    examples: Sequence[Example],
+    predict: Callable[[Tokens, Tokens, Sequence[int]], np.ndarray],
+    lengths: Lengths,
+    split: str,
+    num_examples: int | None,
+) -> Outcome:
+    """The metrics of a task whose examples have been read. predict: (sources, prompts, languages) -> tokens."""
+    begins = partial(forced_beginning, vocabulary=session.vocabulary)
+    return compute_metrics(
+        name,
+        session.vocabulary,
+        lengths,
+        predict=_told(predict, {_key(e.inputs, begins(e.targets)): e.language for e in examples}),
+        score=_told(session.score_tokens, {_key(e.inputs, e.targets): e.language for e in examples}),
+        split=split,
+        num_examples=num_examples,
+    )
+
+
 class Predictions:
     """(sources, forced beginnings) -> tokens. Remembers what it has decoded, so that the examples of many tasks can be
     decoded together before SeqIO asks for them one task at a time.
+
+    decode: what is called in the place of the generator.
     """
 
-    def __init__(self, session: Session, generator: Generator):
-        self._session, self._generator = session, generator
+    def __init__(self, session: Session, generator: Generator, decode: Callable[..., Decoded] | None = None):
+        self._session, self._decode, self._config = session, decode or generator, generator.config
+        self._others = session.others(generator)
         self._known: dict[tuple[int, tuple[bytes, bytes]], np.ndarray] = {}
 
     def learn(self, sources: Tokens, prompts: Tokens, languages: Sequence[int]) -> None:
@@ -71,14 +90,14 @@ class Predictions:
         if not new:
             return
         told = [language for language, _ in new]
-        found = self._generator(
+        found = self._decode(
             self._session.params,
             [source for source, _ in new.values()],
             prompts=[prompt for _, prompt in new.values()],
             ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in new],
             languages=told,
-            given=self._session.given(self._generator.config, told),
-            **self._session.others(self._generator),
+            given=given(self._session, self._config, told),
+            **self._others,
         )
         self._known.update(zip(new, found.tokens[:, 0], strict=True))
 

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlm.checkpoints import CheckpointConfig, Checkpointer, CheckpointError, CorruptCheckpoint
 from mlm.checkpoints.run_directory import RunDirectory
+from mlm.decoding.ngrams import Trigrams, trigram_table
 from mlm.models.config import from_json
 from mlm.models.quantisation import BITS, quantised
 from mlm.models.specs import check_choice
@@ -18,7 +21,7 @@ from mlm.parallel import MeshConfig, MeshPlacement, batch_sharding, make_mesh, s
 from mlm.parallel.rules import fitting
 from mlm.registry import nearest
 from mlm.session.session import Session
-from mlm.types import Params, PyTree
+from mlm.types import EOS_ID, Params, PyTree
 
 PARAMETERS = ("auto", "params", "ema")
 
@@ -35,6 +38,7 @@ def load(
     draft: str | os.PathLike | None = None,
     ensemble: Sequence[str | os.PathLike] = (),
     contrast: str | os.PathLike | None = None,
+    ngram_text: str | os.PathLike | None = None,
     best_metric: str | None = None,
     best_mode: str = "min",
 ) -> "Session":
@@ -43,7 +47,8 @@ def load(
     step: a checkpoint's number, "latest" (as None), or "best" by `best_metric` (default: the held-out loss).
     parameters: "ema", the running mean, "params", or "auto": the mean where the run kept one. mesh: how to split over
     the devices (default: rows over all); devices: some of them only. batch_size: examples per device call. quantise:
-    "int8" or "int4", how the matrices of the layers are kept (`mlm.models.quantisation`).
+    "int8" or "int4", how the matrices of the layers are kept (`mlm.models.quantisation`). ngram_text: file of text like
+    that to be written, a line for each, whose trigrams guess ahead (proposer="ngram_table").
     Other run directories of the same vocabulary, each with its latest checkpoint or, as "runs/small@2000", another
     one. draft: a smaller model, which guesses ahead (proposer="draft_model"). ensemble: models that are one with this
     one from here on. contrast: a weaker model, whose faults are to be avoided (contrast="model").
@@ -106,6 +111,7 @@ def load(
         draft=None if draft is None else opened(draft),
         ensemble=[opened(member) for member in ensemble],
         contrast=None if contrast is None else opened(contrast),
+        table=None if ngram_text is None else _table(ngram_text, vocabulary),
         rows=batch_sharding(grid),
         batch_size=batch_size,
     )
@@ -121,6 +127,16 @@ def _vocabulary_of(run_dir: str | os.PathLike) -> tuple[str, int]:
     """(digest of the vocabulary, rows of the model's table), as the run says."""
     run = RunDirectory(_at(run_dir)[0])
     return run.read_json("data.json")["vocabulary_digest"], from_json(run.read_json("model.json")).vocab_size
+
+
+def _table(path: str | os.PathLike, vocabulary: Any) -> Trigrams:
+    """Trigrams of the lines of a file, each ended. Raises ValueError for a file without text."""
+    from mlm.data.preprocessors import clean_line
+
+    lines = [line for line in map(clean_line, Path(path).read_text(encoding="utf-8").splitlines()) if line]
+    if not lines:
+        raise ValueError(f"ngram_text={str(path)!r} holds no line of text to count")
+    return trigram_table([*map(int, vocabulary.encode(line)), EOS_ID] for line in lines)
 
 
 def quantised_in_place(params: Params, kind: str) -> Params:

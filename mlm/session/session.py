@@ -2,44 +2,35 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
 from mlm.checkpoints.run_directory import RunDirectory
+from mlm.data.prompts import USUAL_FORM, Example, Format, Pool
 from mlm.data.templates import FROM, PLACES, TO, Frame, Template
 from mlm.decoding.config import DecodeConfig
-from mlm.decoding.generate import Generator, Reading
-from mlm.decoding.scoring import Scorer
+from mlm.decoding.generate import Generator
+from mlm.decoding.ngrams import Trigrams
+from mlm.decoding.proposers import PROPOSERS
+from mlm.decoding.scoring import Scorer, Scores, mean_probability, together
+from mlm.evaluation.embedding import Embedder
 from mlm.evaluation.language_loss import LanguageLosses, Spelling, TokenLosses, language_losses
 from mlm.evaluation.results import combine, totals
 from mlm.models.config import ModelConfig
 from mlm.models.quantisation import quantised
 from mlm.models.transformer import Transformer
 from mlm.registry import nearest
+from mlm.session.language_control import against, given, token_counts
+from mlm.session.records import Asked, Hypothesis, Ranked, Source
 from mlm.trees import count
 from mlm.types import EOS_ID, Params
 
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """text: decoded. score: log-probability in nats, for beam search over its length penalty. tokens: EOS included."""
-
-    text: str
-    score: float
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
-class Source:
-    """tokens: what the encoder reads. trimmed: the text was longer than the model's inputs, and lost its end."""
-
-    tokens: list[int]
-    trimmed: bool
+if TYPE_CHECKING:
+    from mlm.session.choosers import Chooser
 
 
 class Session:
@@ -70,15 +61,19 @@ class Session:
         draft: "Session | None" = None,
         ensemble: Sequence["Session"] = (),
         contrast: "Session | None" = None,
+        table: Trigrams | None = None,
     ):
         self.run, self.step, self.parameters, self.config = run, step, parameters, config
         self.data, self.extra, self.vocabulary = data, extra, vocabulary
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
         self.quantise, self.draft, self.ensemble, self.contrast = quantise, draft, tuple(ensemble), contrast
+        self.table = table
         self.template = Template.from_json(data["template"]) if "template" in data else PLACES["source"]
         self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
-        self._scorers: dict[int | None, Scorer] = {}
+        self._scorers: dict[tuple[int | None, float], Scorer] = {}
+        self._embedder = Embedder(model, rows=rows, batch_size=batch_size)
+        self._companions: dict[str, Session] = {}
         self._token_losses = TokenLosses(model, rows=rows)
 
     def __repr__(self) -> str:
@@ -114,19 +109,21 @@ class Session:
         *,
         from_: str | None = None,
         language_token: str | None = None,
+        choose: "str | Chooser | None" = None,
         **options: Any,
     ) -> list:
-        """Decoded texts, in order; with n_best > 1 a list of texts for each, best first.
+        """Decoded texts, in order; with n_best > 1 a list of texts for each, best first, or the chosen one.
 
         to: language to write. Without it a text may hold special tokens, as in "The <extra_id_0> sat on the mat".
         from_: language of the texts. method, options: those of `DecodeConfig`: beams, alpha, n_best, temperature,
         top_k, top_p, no_repeat_ngram, bad_words, proposer, max_length, seed, …; `mlm decode list` names them all.
+        choose: how one of n_best results is chosen, as "mbr" or "mbr,utility=bleu" (`mlm.session.choosing`).
         Against words of other languages than `to`: language_mask=True, and `contrast_to`, see `decode`.
         Raises ValueError for an empty text, a missing language, or one that the model is not told, KeyError for a
         language without a token or an unknown method.
         """
-        found = self.decode(texts, to, method, from_=from_, language_token=language_token, **options)
-        single = options.get("n_best", 1) == 1
+        found = self.decode(texts, to, method, from_=from_, language_token=language_token, choose=choose, **options)
+        single = options.get("n_best", 1) == 1 or choose is not None
         return [best[0].text if single else [h.text for h in best] for best in found]
 
     def decode(
@@ -140,46 +137,73 @@ class Session:
         ids: Sequence[int] | None = None,
         languages: Sequence[int] | None = None,
         contrast_to: str | None = None,
+        choose: "str | Chooser | None" = None,
         **options: Any,
     ) -> list[list[Hypothesis]]:
-        """As `generate`, with scores and tokens.
+        """As `generate`, with scores and tokens; with `choose` all results, the chosen one first, with their values.
 
         texts: or what `encode` made of them. ids: numbers of the texts, the source of their randomness. languages: ids
         of the languages that are to be written, where they are not all `to`. contrast_to: away from what the model
         would write when told this language, or "none" (contrast="language"; contrast_alpha and contrast_beta say how
         far). language_mask=True: only tokens of `to`, as the run's training text has them.
         """
+        told = {"from_": from_, "language_token": language_token, "contrast_to": contrast_to}
+        asked = self.ask(texts, to, method, ids=ids, languages=languages, **told, **options)
+        if choose is not None:
+            from mlm.session.choosing import checked, chosen
+
+            return chosen(checked(choose, asked), asked, self.answer(asked))
+        return self.answer(asked)
+
+    def ask(
+        self,
+        texts: str | Sequence[str] | Sequence[Source] = (),
+        to: str | None = None,
+        method: str = "greedy",
+        *,
+        from_: str | None = None,
+        language_token: str | None = None,
+        ids: Sequence[int] | None = None,
+        languages: Sequence[int] | None = None,
+        contrast_to: str | None = None,
+        **options: Any,
+    ) -> Asked:
+        """What `decode` gives to the model. Raises as it does."""
         frame = self.frame(to, from_, language_token)
         given = [texts] if isinstance(texts, str) else list(texts)
         encoded = iter(self._encode([t for t in given if isinstance(t, str)], to, frame))
         sources = [(text if isinstance(text, Source) else next(encoded)).tokens for text in given]
-        prompts = [frame.prompt] * len(sources) if frame.prompt else None
-        alone = self.config.encoder is None  # what it reads is the beginning of what it writes
-        skips = [len(frame.prompt) + (len(source) if alone else 0) for source in sources]
-        against = None
+        other = None
         if contrast_to is not None:
-            against = self._against(sources, frame, to, contrast_to, from_, language_token)
             options = {"contrast": "language", **options}
+            other = against(self, sources, frame, to, contrast_to, from_=from_, language_token=language_token)
         generator = self.generator(method, options, frame.start)
         by_language = generator.config.language_mask or generator.config.language_bias > 0
         languages = languages or self._languages(to, len(sources), by_language)
-        decoded = generator(
+        numbers = range(len(sources)) if ids is None else ids
+        return Asked(self, generator, frame, to, from_, language_token, sources, numbers, languages, other)
+
+    def answer(self, asked: Asked) -> list[list[Hypothesis]]:
+        """The results of each source, best first."""
+        decoded = asked.generator(
             self.params,
-            sources,
-            prompts=prompts,
-            ids=ids,
-            languages=languages,
-            given=self.given(generator.config, languages),
-            against=against,
-            **self.others(generator),
+            asked.sources,
+            prompts=[asked.frame.prompt] * len(asked.sources) if asked.frame.prompt else None,
+            ids=asked.ids,
+            languages=asked.languages,
+            given=given(self, asked.generator.config, asked.languages),
+            against=asked.against,
+            **self.others(asked.generator),
         )
         return [
             [
-                Hypothesis(self._text(tokens[skip:length]), float(score), tokens[:length].tolist())
+                Hypothesis(self.text(tokens[skip:length]), float(score), tokens[:length].tolist(), int(passes))
                 for tokens, score, length in zip(*row, strict=True)
                 if length
             ]
-            for skip, *row in zip(skips, decoded.tokens, decoded.scores, decoded.lengths, strict=True)
+            for skip, passes, *row in zip(
+                asked.skips, decoded.passes, decoded.tokens, decoded.scores, decoded.lengths, strict=True
+            )
         ]
 
     def score(
@@ -189,23 +213,128 @@ class Session:
         *,
         from_: str | None = None,
         language_token: str | None = None,
+        empty: bool = False,
     ) -> np.ndarray:
         """log P(target, EOS | source) of (source, target) texts, in nats; float32 [pairs]. `to` as in `generate`.
 
-        Raises ValueError for an empty source or target.
+        empty: texts may be empty, as a source is where the target itself is asked for: the model as a language model.
+        Raises ValueError for an empty source or target otherwise.
         """
         frame, pairs = self.frame(to, from_, language_token), list(pairs)
-        sources = [s.tokens for s in self._encode([source for source, _ in pairs], to, frame)]
-        targets = [[*frame.prompt, *self._tokens(i, "target", t, to), EOS_ID] for i, (_, t) in enumerate(pairs)]
-        found = self._scores(sources, targets, self._languages(to, len(sources)), frame.start)
-        return _totals(found[:, len(frame.prompt) :])  # what is given costs nothing
+        sources = [s.tokens for s in self._encode([source for source, _ in pairs], to, frame, empty)]
+        targets = [[*frame.prompt, *self._tokens(i, "target", t, to, empty), EOS_ID] for i, (_, t) in enumerate(pairs)]
+        return self.log_probs(frame, sources, targets, self._languages(to, len(sources)))
+
+    def log_probs(
+        self,
+        frame: Frame,
+        sources: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        languages: Sequence[int] | None = None,
+        temperature: float = 1.0,
+    ) -> np.ndarray:
+        """log P(target | source) of tokens in their frame, of which the prompt is given and costs nothing; nats."""
+        found = self._scores(sources, targets, languages, frame.start, temperature)
+        return found.totals - found.tokens[:, : len(frame.prompt)].sum(1)
+
+    def embed(self, texts: Sequence[str], to: str | None = None) -> np.ndarray:
+        """Mean of the encoder's states over each text's tokens, EOS included; float32 [texts, D]. A text may be empty.
+
+        to: the language to be written, which the encoder of a language-aware model is told.
+        """
+        sources = [s.tokens for s in self._encode(texts, to, self.frame(to), empty=True)]
+        return self._embedder(self.params, sources, self._languages(to, len(sources)))
+
+    def companion(self, run_dir: str) -> "Session":
+        """Another run, loaded once onto the same devices: its latest checkpoint."""
+        if run_dir not in self._companions:
+            from mlm.parallel import MeshConfig
+            from mlm.session.loading import load
+
+            grid = self.rows.mesh
+            devices = list(grid.devices.flat)
+            mesh = MeshConfig(**dict(grid.shape))
+            self._companions[run_dir] = load(run_dir, mesh=mesh, devices=devices, batch_size=self._batch_size)
+        return self._companions[run_dir]
+
+    def few_shot(
+        self,
+        queries: str | Sequence[str],
+        examples: Pool | Iterable[tuple[str, str]],
+        shots: int = 4,
+        choice: str = "fixed",
+        *,
+        form: Format = USUAL_FORM,
+        to: str | None = None,
+        from_: str | None = None,
+        language_token: str | None = None,
+        seed: int = 0,
+        ids: Sequence[int] | None = None,
+        budget: int | None = None,
+    ) -> list[str]:
+        """Texts for `generate`, `decode` and `score`: examples, then the query.
+
+        examples: (source, target) texts, or a `Pool` that is kept. choice: "fixed", the first `shots`; "retrieved", the
+        nearest by character n-grams, the nearest last; "random", by seed and the query's id. None has the query itself
+        as its source. form: how they are written. to, from_, language_token: as in the call that takes the texts.
+        budget: tokens (default: what the model reads); examples that do not fit are dropped, the furthest from the
+        query first. ids: numbers of the queries (default: their places).
+        Raises ValueError for an empty query, one that does not fit alone, or more shots than examples, UnknownName for
+        another choice.
+        """
+        from mlm.session.prompting import few_shot
+
+        asked = [queries] if isinstance(queries, str) else queries
+        languages = {"to": to, "from_": from_, "language_token": language_token}
+        return few_shot(
+            self, asked, examples, shots, choice, form=form, languages=languages, seed=seed, ids=ids, budget=budget
+        )
+
+    def synthesise(
+        self,
+        texts: Mapping[str, Sequence[str]],
+        to: str,
+        *,
+        backwards: bool = False,
+        language_token: str | None = None,
+        **options: Any,
+    ) -> list[Example]:
+        """Examples for `few_shot` from unlabelled sentences by language, each translated into `to` by this model.
+
+        backwards: its translations are the sources. options: method and others, as in `decode`. Source: linguistically
+        diverse prompts, Nguyen et al. 2023 (arXiv:2306.11372).
+        """
+        from mlm.session.prompting import synthesise
+
+        return synthesise(self, texts, to, backwards=backwards, language_token=language_token, **options)
+
+    def query_likelihood(
+        self,
+        query: str,
+        passages: Sequence[str],
+        to: str | None = None,
+        *,
+        form: str = "{passage}",
+        from_: str | None = None,
+        language_token: str | None = None,
+    ) -> list[Ranked]:
+        """Passages by log P(query, EOS | passage) in nats, the best first, of equals the first; for reranking.
+
+        form: what the model reads of a passage, e.g. "Passage: {passage} Question:". to: language of the query.
+        Sources: Sachan et al. 2022 (arXiv:2204.07496); UMR, Huang et al. 2024 (arXiv:2403.03516), across languages.
+        Raises ValueError for an empty query or passage.
+        """
+        from mlm.session.prompting import query_likelihood
+
+        languages = {"to": to, "from_": from_, "language_token": language_token}
+        return query_likelihood(self, query, passages, form=form, languages=languages)
 
     def score_tokens(self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None = None) -> np.ndarray:
         """log P(target | source) of token lists as they stand, in nats; float32 [pairs].
 
         languages: ids of the targets' languages, which a language-aware model asks for.
         """
-        return _totals(self._scores(sources, targets, languages))
+        return self._scores(sources, targets, languages).totals
 
     def evaluate(
         self,
@@ -265,7 +394,7 @@ class Session:
         def nll(batch: Mapping[str, np.ndarray]) -> np.ndarray:
             if params is not None:
                 return self._token_losses(params, batch)
-            return -_together([-member._token_losses(member.params, batch) for member in (self, *self.ensemble)])
+            return -mean_probability([-m._token_losses(m.params, batch) for m in (self, *self.ensemble)])
 
         return language_losses(nll, batches, self.spelling, languages=languages or len(LANGUAGES), by=by)
 
@@ -307,11 +436,22 @@ class Session:
         # A decoder goes on with its source: that does not end, and begins with the start token anyway.
         return frame._replace(before=[t for t in frame.before if t != self.config.start_token], after=[])
 
-    def _encode(self, texts: Sequence[str], to: str | None, frame: Frame) -> list[Source]:
-        room = self.data["inputs_length"] - len(frame.before) - len(frame.after)
+    def room(self, to: str | None = None, from_: str | None = None, language_token: str | None = None) -> int:
+        """Tokens of a text that the model reads, at most."""
+        return self._room(self.frame(to, from_, language_token))
+
+    def lengths(self, texts: Sequence[str], to: str | None = None) -> list[int]:
+        """Tokens of the texts alone. Raises ValueError for an empty one."""
+        return [len(self._tokens(index, "text", text, to)) for index, text in enumerate(texts)]
+
+    def _room(self, frame: Frame) -> int:
+        return self.data["inputs_length"] - len(frame.before) - len(frame.after)
+
+    def _encode(self, texts: Sequence[str], to: str | None, frame: Frame, empty: bool = False) -> list[Source]:
+        room = self._room(frame)
         sources = []
         for index, text in enumerate(texts):
-            tokens = self._tokens(index, "text", text, to)
+            tokens = self._tokens(index, "text", text, to, empty)
             sources.append(Source([*frame.before, *tokens[:room], *frame.after], len(tokens) > room))
         trimmed = [i for i, source in enumerate(sources) if source.trimmed]
         if trimmed:
@@ -322,48 +462,34 @@ class Session:
             )
         return sources
 
-    def _tokens(self, index: int, kind: str, text: str, to: str | None) -> list[int]:
-        from mlm.data.preprocessors import clean_line
-
-        cleaned = clean_line(text)
-        tokens = self.vocabulary.encode(cleaned) if to is not None else self.vocabulary.encode_prompt(cleaned)
-        if not tokens:
+    def _tokens(self, index: int, kind: str, text: str, to: str | None, empty: bool = False) -> list[int]:
+        tokens = self.tokens(text, to)
+        if not tokens and not empty:
             raise ValueError(f"{kind} {index} is empty: {text!r}")
-        return [int(token) for token in tokens]
+        return tokens
 
     def _languages(self, to: str | None, count: int, asked: bool = False) -> list[int] | None:
         """The id of the language to be written, once per text; None where none is named, or no model asks."""
         from mlm.data.languages import language_id
 
+        return [language_id(to)] * count if (asked or self.asks_language) and to is not None else None
+
+    @property
+    def asks_language(self) -> bool:
+        """Whether one of its models is language-aware."""
         models = (self, *self.ensemble, self.draft, self.contrast)
-        asked = asked or any(model.config.languages for model in models if model)
-        return [language_id(to)] * count if asked and to is not None else None
+        return any(model.config.languages for model in models if model)
 
-    def _against(
-        self,
-        sources: Sequence[Sequence[int]],
-        frame: Frame,
-        to: str | None,
-        contrast_to: str,
-        from_: str | None,
-        language_token: str | None,
-    ) -> Reading:
-        """The same texts, as they are read when another language is to be written, or none is named."""
-        if to is None or contrast_to == to:
-            raise ValueError(
-                f"contrast_to={contrast_to!r} with to={to!r}: name two languages, the one to be written by to"
-            )
-        other = self.frame(None if contrast_to == "none" else contrast_to, from_, language_token)
-        front, back = len(frame.before), len(frame.after)
-        texts = [source[front : len(source) - back] for source in sources]
-        return Reading(
-            [[*other.before, *text, *other.after] for text in texts],
-            [other.prompt] * len(texts),
-            [0] * len(texts) if contrast_to == "none" else self._languages(contrast_to, len(texts)),
-            other.start,
-        )
+    def tokens(self, text: str, to: str | None = None) -> list[int]:
+        """A text's own tokens, cleaned. Without a language special tokens in it are meant as such."""
+        from mlm.data.preprocessors import clean_line
 
-    def _text(self, tokens: np.ndarray) -> str:
+        cleaned = clean_line(text)
+        tokens = self.vocabulary.encode(cleaned) if to is not None else self.vocabulary.encode_prompt(cleaned)
+        return [int(token) for token in tokens]
+
+    def text(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """What tokens spell."""
         return self.vocabulary.decode([int(token) for token in tokens])
 
     def generator(self, method: str, options: Mapping[str, Any], start: int | None = None) -> Generator:
@@ -381,27 +507,19 @@ class Session:
                 rows=self.rows,
                 batch_size=self._batch_size,
                 ensemble=[member._starting_with(start) for member in self.ensemble],
-                draft=self._other("draft", config.proposer == "draft_model", "proposer='draft_model'", start),
+                draft=self._other("draft", PROPOSERS[config.proposer].drafts, f"proposer={config.proposer!r}", start),
                 contrast=self._other("contrast", config.contrast == "model", "contrast='model'", start),
             )
         return self._generators[config, start]
 
     def others(self, generator: Generator) -> dict[str, Any]:
-        """The parameters of the other models that the generator asks, by the names that it gives them."""
+        """What the generator asks beside the parameters: those of other models, trigrams; by its names for them."""
         found = {name: getattr(self, name).params for name in ("draft", "contrast") if getattr(generator, name)}
-        return {**found, "ensemble": [member.params for member in self.ensemble]}
-
-    def given(self, config: DecodeConfig, languages: Sequence[int] | None) -> dict[str, np.ndarray]:
-        """What the generator reads of the language of each text, where the options ask for it."""
-        from mlm.session.language_tokens import given
-
-        return given(self, config, languages)
+        return {**found, "ensemble": [member.params for member in self.ensemble], "table": self.table}
 
     @cached_property
     def token_counts(self) -> Mapping[int, np.ndarray]:
-        """Language id -> how often each token stands in its training text (`language_tokens.token_counts`)."""
-        from mlm.session.language_tokens import token_counts
-
+        """Language id -> how often each token stands in its training text."""
         return token_counts(self)
 
     def _other(self, name: str, asked: bool, by: str, start: int | None) -> Transformer | None:
@@ -414,19 +532,28 @@ class Session:
             )
         return getattr(self, name)._starting_with(start)
 
-    def _scorer(self, start: int | None = None) -> Scorer:
-        if self.config.encoder is None:
-            raise ValueError(f"{self.run.path} holds a decoder alone: scores are of a target behind a source")
-        if start not in self._scorers:
-            self._scorers[start] = Scorer(self._starting_with(start), rows=self.rows, batch_size=self._batch_size)
-        return self._scorers[start]
+    def _scorer(self, start: int | None = None, temperature: float = 1.0) -> Scorer:
+        if (start, temperature) not in self._scorers:
+            model = self._starting_with(start)
+            self._scorers[start, temperature] = Scorer(
+                model, rows=self.rows, batch_size=self._batch_size, temperature=temperature
+            )
+        return self._scorers[start, temperature]
 
     def _scores(
-        self, sources: Sequence, targets: Sequence, languages: Sequence[int] | None, start: int | None = None
-    ) -> np.ndarray:
-        """log P of every target token, [pairs, tokens], under all models together."""
+        self,
+        sources: Sequence,
+        targets: Sequence,
+        languages: Sequence[int] | None,
+        start: int | None = None,
+        temperature: float = 1.0,
+    ) -> Scores:
+        """Of all models together."""
+        if self.ensemble and temperature != 1.0:
+            raise ValueError(f"temperature={temperature}: an ensemble is scored at temperature 1 only")
         members = (self, *self.ensemble)
-        return _together([m._scorer(start)(m.params, sources, targets, languages).tokens for m in members])
+        found = [m._scorer(start, temperature)(m.params, sources, targets, languages) for m in members]
+        return together(found)
 
     def _starting_with(self, start: int | None) -> Transformer:
         if self.config.decoder is None:
@@ -451,12 +578,3 @@ class Session:
             "contrasted_with": self.contrast.name if self.contrast else None,
             "vocabulary": self.vocabulary.digest,
         }
-
-
-def _together(log_probs: Sequence[np.ndarray]) -> np.ndarray:
-    """The log of the mean probability that models give a token; of one model, its own."""
-    return np.logaddexp.reduce(log_probs, axis=0) - np.log(len(log_probs)) if len(log_probs) > 1 else log_probs[0]
-
-
-def _totals(log_probs: np.ndarray) -> np.ndarray:
-    return log_probs.sum(1, dtype=np.float64).astype(np.float32)

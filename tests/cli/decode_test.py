@@ -6,6 +6,16 @@ from mlm.cli import main
 from mlm.decoding.config import METHODS, DecodeConfig
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
+from mlm.evaluation.hierarchy import RULES
+from mlm.session.choosing import POSTPROCESSORS
+
+KINDS = {
+    "method": METHODS,
+    "processor": PROCESSORS,
+    "proposer": PROPOSERS,
+    "postprocessor": POSTPROCESSORS,
+    "tree_rule": RULES,
+}
 
 
 def shown(capsys, *arguments):
@@ -17,19 +27,26 @@ def test_every_registered_name_is_listed(capsys):
     text = shown(capsys)
     assert max(map(len, text.splitlines())) <= 100
     first_words = {line.split()[0] for line in text.splitlines() if line.strip() and not line.startswith(" ")}
-    assert {*METHODS, *PROCESSORS, *PROPOSERS} <= first_words
+    assert {name for names in KINDS.values() for name in names} <= first_words
 
 
 def test_a_record_says_what_may_be_given_to_what(capsys):
     records = json.loads(shown(capsys, "--json"))
-    kinds = {"method": METHODS, "processor": PROCESSORS, "proposer": PROPOSERS}
-    assert [(r["kind"], r["name"]) for r in records] == [(kind, n) for kind, names in kinds.items() for n in names]
+    assert [(r["kind"], r["name"]) for r in records] == [(kind, n) for kind, names in KINDS.items() for n in names]
     found = {(r["kind"], r["name"]): r for r in records}
     assert found["processor", "repetition_penalty"]["methods"] == ["greedy", "sample"]
     assert found["processor", "no_repeat_ngram"]["methods"] == list(METHODS)
     assert found["processor", "dola_layers"]["options"] == {"dola_layers": [], "contrast_alpha": 0.1}
     assert found["proposer", "input_copy"]["options"] == {"guesses": 8}
     assert found["method", "diverse_beam"]["options"]["groups"] == 2
+    assert found["postprocessor", "mbr"]["options"] == {
+        "utility": "chrf",
+        "references": 0,
+        "aggregate": False,
+        "seed": 0,
+    }
+    assert found["postprocessor", "mbr"]["methods"] == ["sample", "beam", "diverse_beam"]
+    assert found["postprocessor", "energy"]["methods"] == ["sample"]
     for record in records:
         assert record["summary"]
         if record["kind"] == "method":  # the defaults are the method's own

@@ -243,12 +243,62 @@ def test_the_command_decodes_what_the_session_decodes(tiny_run, tmp_path, capsys
     assert "complete already" in capsys.readouterr().err
 
 
+def test_chosen_results_keep_their_values_and_settings(tiny_run, tmp_path, capsys):
+    import mlm
+
+    source, output = tmp_path / "in.txt", tmp_path / "o.jsonl"
+    source.write_text("Good morning\n\nYes\n")
+    flags = ["--run_dir", str(tiny_run), "--input", str(source), "--output", str(output), "--to", "fr"]
+    flags += ["--method", "sample", "--n_best", "4", "--max_length", "8", "--chunk", "1", "--choose"]
+    assert main(["infer", *flags, "mbr,references=2"]) == 0
+    found = records(output)
+    options = {"method": "sample", "n_best": 4, "max_length": 8, "choose": "mbr,references=2"}
+    want = mlm.load(tiny_run).decode(["Good morning", "Yes"], "fr", **options, ids=[1, 3])
+    for record, best in zip((found[0], found[2]), want, strict=True):
+        chosen = [{name: r[name] for name in ("output", "score", "value")} for r in (record, *record["alternatives"])]
+        assert [r["output"] for r in chosen] == [h.text for h in best]
+        assert [r["value"] for r in chosen] == pytest.approx([h.value for h in best])
+    assert found[1]["error"] == "empty line"
+    marker = json.loads(output.with_name("o.jsonl.completed").read_text())
+    assert marker["settings"]["choose"] == {
+        "name": "mbr",
+        "utility": "chrf",
+        "references": 2,
+        "aggregate": False,
+        "seed": 0,
+    }
+    assert main(["infer", *flags, "mbr,references=3"]) == 1
+    assert "choose: {'name': 'mbr'" in capsys.readouterr().err
+
+
+def test_examples_stand_before_every_line(tiny_run, tmp_path, capsys):
+    """Drawn by the line's number; a line that does not fit alone is an error in place; other shots are not mixed in."""
+    import mlm
+
+    source, shots, output = (tmp_path / name for name in ("in.txt", "shots.tsv", "o.jsonl"))
+    source.write_text("neuf\n" + "x" * 60 + "\ndix\n")
+    pairs = [("un", "one"), ("deux", "two"), ("trois", "three")]
+    shots.write_text("".join(f"{a}\t{b}\n" for a, b in pairs))
+    flags = ["--run_dir", str(tiny_run), "--input", str(source), "--output", str(output), "--max_length", "8"]
+    command = ["infer", *flags, "--examples", str(shots), "--shot_choice", "random", "--shots"]
+    assert main([*command, "2"]) == 0
+    found = records(output)
+    session = mlm.load(tiny_run)
+    prompts = session.few_shot(["neuf", "dix"], pairs, 2, "random", ids=[1, 3])
+    assert [found[0]["output"], found[2]["output"]] == session.generate(prompts, max_length=8)
+    assert "the query alone takes 62 tokens, more than the 47" in found[1]["error"]
+    capsys.readouterr()
+    assert main([*command, "1"]) == 1
+    assert "shots: 2 then, 1 now" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["--input", "nowhere.txt"], "nowhere.txt is no file"),
         (["--method", "beem"], "did you mean 'beam'"),
         (["--beams", "3"], "means nothing to method='greedy'"),
+        (["--choose", "mbr"], "nothing to choose from one result"),
         (["--chunk", "0"], "--chunk=0 must be at least 1"),
         (["--to", "de"], "no token <2de>"),
         (["--step", "newest"], "give a checkpoint's number"),

@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.processors import PROCESSORS
+from mlm.decoding.ranking import cut, first_max
 from mlm.decoding.state import NEG_INF, Seen, State
+from tests.decoding.ranking_test import longest_message
 
 RANDOM = np.random.default_rng(0)
 LOGITS = jnp.asarray(RANDOM.normal(0, 3, (6, 50)), jnp.float32)
@@ -297,6 +299,21 @@ def test_every_processor_is_local_to_its_rows():
     eight = jax.tree.map(lambda x: jax.device_put(jnp.concatenate([x, x[:2]]), rows), (LOGITS, beside))
     compiled = jax.jit(every).lower(*eight).compile()
     assert not re.findall(r"(all-gather|all-to-all|collective-permute|all-reduce)\(", compiled.as_text())
+
+
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9}, {"typical": 0.9}], ids=str)
+def test_truncating_and_drawing_never_gather_the_vocabulary(options):
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    logits = jax.device_put(jnp.zeros((6, 4096)), NamedSharding(mesh, P("data", "tensor")))
+    (process,) = DecodeConfig(method="sample", **options).processors()
+    now = state()
+
+    def drawn(logits):
+        with cut(4):
+            kept = process(logits, now)
+        return first_max(kept + jax.random.gumbel(jax.random.key(0), logits.shape))
+
+    assert longest_message(jax.jit(drawn).lower(logits).compile()) <= 4 * 5
 
 
 def test_unknown_processor_is_answered_with_the_nearest():

@@ -1,4 +1,6 @@
-"""Which tokens a language has, counted in the training text of a run: for decoding that must not leave the language."""
+"""Decoding that must not leave a language: its tokens, counted in a run's training text, and what the model would read
+for another one.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from mlm.checkpoints import CheckpointError
+from mlm.data.templates import Frame
 from mlm.decoding.config import DecodeConfig
+from mlm.decoding.generate import Reading
 from mlm.evaluation.language_loss import unigram_log_probs
 from mlm.types import EOS_ID
 
@@ -21,6 +25,36 @@ FILE = "token_counts.npz"
 EXAMPLES = 1000  # of a task, the first ones
 
 Counts = Mapping[int, Int[np.ndarray, "V"]]  # language id -> how often each token stands in its text
+
+
+def against(
+    session: "Session",
+    sources: Sequence[Sequence[int]],
+    frame: Frame,
+    to: str | None,
+    contrast_to: str,
+    **told: str | None,
+) -> Reading:
+    """What the model reads of the same sources when it is told another language than `to`, or "none". told: from_ and
+    language_token.
+
+    Raises ValueError where that is the same, KeyError for a language without a token.
+    """
+    from mlm.data.languages import language_id
+
+    none = contrast_to == "none"
+    other = session.frame(None if none else contrast_to, **told)
+    if to is None or other == frame:
+        raise ValueError(
+            f"contrast_to={contrast_to!r} with to={to!r}: name two languages, the one that is to be written by to"
+        )
+    texts = [source[len(frame.before) : len(source) - len(frame.after)] for source in sources]
+    return Reading(
+        [[*other.before, *text, *other.after] for text in texts],
+        [other.prompt] * len(texts),
+        [0 if none else language_id(contrast_to)] * len(texts) if session.asks_language else None,
+        other.start,
+    )
 
 
 def allowed_tokens(

@@ -1,0 +1,132 @@
+"""How rows grow by one pass of the model: guesses confirmed node by node, the cache put in order, tokens committed."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mlm.decoding.state import EOS_ALONE, Choice, Extend, Processor, Proposer, Read, Selector, State, Step, newest
+from mlm.models.tree import Tree
+from mlm.types import EOS_ID, PyTree
+
+
+def extension(selector: Selector, processors: tuple[Processor, ...], stop: tuple[tuple[int, ...], ...]) -> Extend:
+    """How this search grows rows by one token. stop: phrases that end a text, as EOS does."""
+    return partial(_extend, selector=selector, processors=processors, stop=stop)
+
+
+def advance(state: State, *, step: Step, extend: Extend, proposer: Proposer) -> State:
+    """One pass: every row that is not done grows by one token, and by one more for each guess that is right."""
+    tree, active, before = proposer.tree, ~state.done, state.length
+    guesses, own = proposer.propose(state, extend)
+    block = jnp.concatenate([state.pending[:, None], jnp.maximum(guesses, 0)], axis=1)
+    read, cache = step(block, state.cache, None if tree.is_chain else tree)
+    state = state._replace(cache=cache, passes=state.passes + active)
+    path = jnp.zeros((before.size, 1), jnp.int32)
+    if tree.size == 1:
+        state = _chosen(state, read, path[:, 0], active, extend)
+    else:
+        state, path = _walk(state._replace(cache=None), read, guesses, tree, active, extend)
+    grown = state.length - before
+    if tree.size > 1:
+        state = state._replace(cache=along(cache, tree, path))
+    cache = {**state.cache, "length": state.cache["length"] + grown}
+    return state._replace(cache=cache, proposal=proposer.observe(own, grown, path))
+
+
+def _walk(
+    state: State, read: Read, guesses: Int[Array, "R W"], tree: Tree, active: Bool[Array, "R"], extend: Extend
+) -> tuple[State, Int[Array, "R N"]]:
+    """Rows grow from the root on, each until none of the guesses that follow is what it chooses; nodes on the way."""
+    children = jnp.asarray(tree.children)
+    guessed = jnp.concatenate([state.pending[:, None], guesses], axis=1)
+
+    def visit(carry: tuple[State, Array, Array], _: None) -> tuple[tuple[State, Array, Array], Array]:
+        state, node, active = carry
+        state = _chosen(state, read, node, active, extend)
+        below = children[node]
+        right = (jnp.take_along_axis(guessed, below, axis=1) == state.pending[:, None]) & (below > 0)
+        follows = jnp.max(jnp.where(right, below, 0), axis=1)
+        return (state, follows, active & ~state.done & (follows > 0)), node
+
+    first = (state, jnp.zeros_like(state.length), active)
+    (state, _, _), path = jax.lax.scan(visit, first, None, length=int(tree.depth.max()) + 1)
+    return state, path.T
+
+
+def _chosen(state: State, read: Read, node: Int[Array, "R"], active: Bool[Array, "R"], extend: Extend) -> State:
+    """One token more, by what the pass says of a node of each row."""
+
+    def at(x: Array) -> Array:
+        return x[:, 0] if x.shape[1] == 1 else jax.vmap(lambda row, index: row[index])(x, node)
+
+    state = extend(state._replace(seen=jax.tree.map(at, read.seen)), at(read.logits), active)
+    return state._replace(seen=())
+
+
+def along(cache: PyTree, tree: Tree, path: Int[Array, "R N"]) -> PyTree:
+    """The cache with the slots of a path, by their nodes in the block just written, in the order of the path."""
+    if tree.is_chain:
+        return cache
+
+    def move(slots: Array, start: Array, path: Array) -> Array:  # modulo their number, as in a ring
+        to, size = start + jnp.arange(path.size), slots.shape[1]
+        return slots.at[:, to % size].set(slots[:, (start + path) % size])
+
+    moved = jax.tree.map(lambda x: jax.vmap(move)(x, cache["length"], path), cache["self"])
+    return {**cache, "self": moved}
+
+
+def _extend(
+    state: State,
+    logits: Float[Array, "R V"],
+    active: Bool[Array, "R"],
+    *,
+    selector: Selector,
+    processors: tuple[Processor, ...],
+    stop: tuple[tuple[int, ...], ...],
+) -> State:
+    """One token more in the rows that are active."""
+    if stop:
+        state = state._replace(closing=_closing(state, stop))
+    processed = logits
+    for process in processors:
+        processed = process(processed, state)
+    return _commit(state, selector.choose(logits, processed, state), active)._replace(closing=EOS_ALONE)
+
+
+def _closing(state: State, stop: tuple[tuple[int, ...], ...]) -> Int[Array, "R n"]:
+    """EOS, and the last token of each stop sequence whose others the row has just written; -1 where it has not."""
+    written = state.length - state.start
+    columns = [jnp.full_like(written, EOS_ID)]
+    for phrase in stop:
+        begun = written >= len(phrase) - 1
+        for back, token in enumerate(reversed(phrase[:-1]), 1):
+            begun = begun & (newest(state, back) == token)
+        columns.append(jnp.where(begun, phrase[-1], -1))
+    return jnp.stack(columns, axis=1)
+
+
+def _commit(state: State, choice: Choice, active: Bool[Array, "R"]) -> State:
+    tokens, cache = state.tokens, state.cache
+    if choice.parent is not None:
+        tokens = _continue(tokens, choice.parent)
+        cache = {**cache, "self": jax.tree.map(lambda x: _continue(x, choice.parent), cache["self"])}
+    here = jnp.arange(tokens.shape[1])[None] == state.length[:, None]
+    grown = state.length + active
+    return state._replace(
+        tokens=jnp.where(here & active[:, None], choice.token[:, None], tokens),
+        length=grown,
+        pending=jnp.where(active, choice.token, state.pending),
+        log_prob=jnp.where(active, choice.log_prob, state.log_prob),
+        done=state.done | (active & choice.ended) | (grown >= state.limit),
+        cache=cache,
+        search=choice.search,
+    )
+
+
+def _continue(x: Array, parent: Int[Array, "B G"]) -> Array:
+    """Rows permuted inside their group: out[b·G + g] = x[b·G + parent[b, g]]; local to the shard of example b."""
+    grouped = x.reshape(*parent.shape, *x.shape[1:])
+    return jax.vmap(lambda rows, index: rows[index])(grouped, parent).reshape(x.shape)
