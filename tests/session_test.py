@@ -59,17 +59,6 @@ def test_guesses_change_nothing(tiny_run, session, one_device):
         session.generate("a", proposer="draft_model")
 
 
-def test_a_draft_of_another_vocabulary_is_refused(tiny_run, copy, one_device):
-    from mlm.data.vocabulary import ByteVocabulary
-
-    other = ByteVocabulary(sentinels=99, languages=["en", "fr", "sw", "uk", "de"])
-    other.save(copy / "vocabulary.json")
-    data = json.loads((copy / "data.json").read_text())
-    (copy / "data.json").write_text(json.dumps({**data, "vocabulary_digest": other.digest}))
-    with pytest.raises(ValueError, match=f"(?s){other.digest[:8]}.*draft"):
-        mlm.load(tiny_run, devices=one_device, draft=copy)
-
-
 def test_a_decoder_alone_goes_on(tiny_run, tmp_path, one_device):
     """Behind its start token it reads the text; the answer is what follows, and a limit counts both."""
     from mlm.checkpoints import Checkpointer

@@ -6,6 +6,7 @@ versions.json    packages and platform               mesh.json        devices an
 parameters.txt   path, shape, axes, count            metrics.jsonl    a line per logged step
 checkpoints/     see checkpointer.py                 tensorboard/     the same metrics as events
 published.json   of a converted run: its origin      tokenizer/       and its tokenizer files as published
+token_counts.npz how often each token stands in each language's training text, once a language mask was asked for
 experts/         of a model with mixtures: who served which language, an array file per evaluation
 """
 

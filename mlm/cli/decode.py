@@ -62,7 +62,7 @@ def _records() -> list[dict[str, Any]]:
 
     return [
         *(record("method", name, [*m.options, *shared], [name], m.summary) for name, m in METHODS.items()),
-        *(record("processor", name, [name], takers(name), p.summary) for name, p in PROCESSORS.items()),
+        *(record("processor", name, [name, *p.further], takers(name), p.summary) for name, p in PROCESSORS.items()),
         *(record("proposer", name, [*p.options], takers("proposer"), p.summary) for name, p in PROPOSERS.items()),
         *(
             described(

@@ -27,6 +27,13 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "eta": (float, "sample: the same, lower where the model is unsure (default 0, off)"),
     "typical": (float, "sample: from the tokens of average surprise that hold this mass (default 1, off)"),
     "mirostat": (float, "sample: from as many as keep the surprise at so many bits a token (default 0, off)"),
+    "language_bias": (
+        float,
+        "greedy, sample: weight of a token's log-frequency in the language of --to (default 0, off)",
+    ),
+    "contrast_alpha": (float, "contrasts: from tokens at least this share of the best (default 0.1)"),
+    "contrast_beta": (float, "contrasts: weight of what is avoided (default 0.5)"),
+    "ensemble_mean": (str, "of several models: probabilities (default) or log_probabilities"),
     "repetition_penalty": (float, "greedy, sample: above 1 less of what is there already (default 1, off)"),
     "no_repeat_ngram": (int, "no n-gram of this size twice (default 0, off)"),
     "seed": (int, "sample: seed (default 0)"),
@@ -44,7 +51,7 @@ TEXTS = {  # options that are several texts, a flag for each
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--run_dir, --step, --parameters, --mesh, --batch_size: which model, and where it runs."""
+    """--run_dir, --step, --parameters, --mesh, --batch_size and the like: which models, and where they run."""
     parser.add_argument("--run_dir", required=True, metavar="DIR", help="directory of a training run")
     parser.add_argument(
         "--step", default="latest", metavar="N|best|latest", help="checkpoint to load (default: the latest)"
@@ -66,6 +73,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--draft", metavar="DIR", help="run of a smaller model of the same vocabulary, which guesses ahead"
+    )
+    parser.add_argument(
+        "--ensemble",
+        action="append",
+        default=[],
+        metavar="DIR[@STEP]",
+        help="another run of the same vocabulary that decodes together with this one; once for each",
+    )
+    parser.add_argument(
+        "--contrast",
+        metavar="DIR[@STEP]",
+        help="greedy, sample: run of a weaker model of the same vocabulary, whose faults are avoided",
     )
     parser.add_argument(
         "--ngram_text",
@@ -90,6 +109,16 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
     for name, text in TEXTS.items():
         group.add_argument(f"--{name}", action="append", default=[], metavar="TEXT", help=text)
+    group.add_argument(
+        "--language_mask",
+        action="store_true",
+        help="no tokens that the run's text in the language of --to does not have",
+    )
+    group.add_argument(
+        "--dola_layers",
+        metavar="N,N",
+        help="greedy, sample: avoid what the model would say after one of these numbers of decoder layers",
+    )
 
 
 def add_choose_flag(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +153,15 @@ def add_language_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_contrast_flag(parser: argparse.ArgumentParser) -> None:
+    """--contrast_to, for commands that read texts."""
+    parser.add_argument(
+        "--contrast_to",
+        metavar="CODE|none",
+        help="greedy, sample: away from what the model writes when told this language, or none, in place of --to",
+    )
+
+
 def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     """The search as `Session.decode` takes it. Raises UsageError for an unknown method or options that do not fit."""
     from mlm.decoding.config import DecodeConfig
@@ -133,6 +171,15 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
         given.setdefault("proposer", "draft_model" if flags.mask_token is None else "mask_block")
     elif flags.ngram_text:
         given.setdefault("proposer", "ngram_table")
+    if flags.language_mask:
+        given["language_mask"] = True
+    if flags.dola_layers:
+        given["dola_layers"] = _numbers(flags.dola_layers)
+    contrast_to = getattr(flags, "contrast_to", None)
+    if flags.contrast and contrast_to:
+        raise UsageError("--contrast and --contrast_to: a model has one contrast at a time")
+    if flags.contrast or contrast_to:
+        given["contrast"] = "model" if flags.contrast else "language"
     try:
         DecodeConfig(method=flags.method, **given)
     except (KeyError, ValueError) as error:
@@ -141,7 +188,14 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     for name, values in texts.items():
         if not all(map(str.strip, values)):
             raise UsageError(f"--{name}={min(values, key=str.strip)!r} is empty: give a text, or leave it out")
-    return {"method": flags.method, **given, **texts}
+    return {"method": flags.method, **given, **texts, **({"contrast_to": contrast_to} if contrast_to else {})}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise UsageError(f"--dola_layers={text!r} must read like 2,4") from None
 
 
 def open_session(flags: argparse.Namespace):
@@ -163,6 +217,8 @@ def open_session(flags: argparse.Namespace):
             batch_size=flags.batch_size,
             quantise=flags.quantise,
             draft=flags.draft,
+            ensemble=flags.ensemble,
+            contrast=flags.contrast,
             ngram_text=flags.ngram_text,
             best_metric=flags.best_metric,
             best_mode=flags.best_mode,
@@ -176,6 +232,8 @@ def languages(session: Any, flags: argparse.Namespace) -> dict[str, str | None]:
     given = {"to": flags.to, "from_": flags.from_, "language_token": flags.language_token}
     try:
         session.frame(**given)
+        if getattr(flags, "contrast_to", None) not in (None, "none"):
+            session.frame(**{**given, "to": flags.contrast_to})
     except (KeyError, ValueError) as error:
         raise UsageError(str(error.args[0])) from error
     return given

@@ -52,6 +52,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="constrained_beam: what the result must hold; may be given several times",
     )
     decoding_flags.add_language_flags(parser)
+    decoding_flags.add_contrast_flag(parser)
     parser.add_argument(
         "--scores",
         action="store_true",

@@ -52,6 +52,8 @@ def run(arguments: list[str]) -> int:
         "step": session.step,
         "parameters": session.parameters,
         "quantise": session.quantise,
+        "ensemble": [member.name for member in session.ensemble],
+        "contrasted_with": session.contrast.name if session.contrast else None,
         "vocabulary": session.vocabulary.digest,
         **languages,
         **options,
@@ -289,6 +291,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any], output: Path) -> No
         stored = json.loads(path.read_text())["settings"]
     except (ValueError, KeyError) as error:
         raise Failed(f"{path} is damaged; choose another --output, or --overwrite") from error
+    settings = json.loads(json.dumps(settings))  # as they were stored: lists for tuples
     names = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
     if names:
         changes = ", ".join(f"{name}: {stored.get(name)!r} then, {settings.get(name)!r} now" for name in names)
@@ -329,6 +332,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=256, metavar="N", help="lines between two writes (default 256)")
     parser.add_argument("--overwrite", action="store_true", help="start anew, whatever the output holds")
     decoding_flags.add_language_flags(parser)
+    decoding_flags.add_contrast_flag(parser)
     decoding_flags.add_model_flags(parser)
     decoding_flags.add_decode_flags(parser)
     decoding_flags.add_choose_flag(parser)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 from mlm.evaluation.report import FillIn, Translation
@@ -64,7 +63,7 @@ def _written(model: Any, examples: Sequence[Any]) -> list[str]:
     from mlm.session.evaluating import Predictions, told
 
     prompts = [forced_beginning(e.targets, model.vocabulary) for e in examples]
-    write = Predictions(partial(model.generator, "greedy", {}), model.params)
+    write = Predictions(model, model.generator("greedy", {}))
     found = write([e.inputs for e in examples], prompts, list(map(told, examples)))
     return [model.vocabulary.decode(row[len(p) :].tolist()) for row, p in zip(found, prompts, strict=True)]
 

@@ -10,6 +10,7 @@ from mlm.decoding.antirepetition import FSD, ContrastiveSearch, DiscreteFSD
 from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.constrained import ConstrainedBeam
 from mlm.decoding.guided import Value, ValueGuidedBeam
+from mlm.decoding.members import MEANS
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 from mlm.decoding.selectors import Greedy, Sample
@@ -38,12 +39,13 @@ def _told(value: T | None) -> T:
 
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
 _GUESSING = ("proposer", "guesses", "branches", "mask_token")
+_RESHAPING = ("repetition_penalty", "contrast", "contrast_alpha", "contrast_beta", "dola_layers", "language_bias")
 METHODS: Registry[Method] = Registry(
     "decoding method",
-    greedy=Method(lambda c: Greedy(), ("repetition_penalty", *_GUESSING), "the most probable token at every step"),
+    greedy=Method(lambda c: Greedy(), (*_RESHAPING, *_GUESSING), "the most probable token at every step"),
     sample=Method(
         lambda c: Sample(c.n_best, c.seed),
-        ("n_best", "seed", "repetition_penalty", "temperature", *_TRUNCATIONS, *_GUESSING),
+        ("n_best", "seed", *_RESHAPING, "temperature", *_TRUNCATIONS, *_GUESSING),
         "draws from the model's distribution, reshaped by temperature and truncations",
     ),
     beam=Method(
@@ -86,7 +88,18 @@ METHODS: Registry[Method] = Registry(
     ),
 )
 # What forbids tokens and reshapes nothing means something to every method.
-ALWAYS = ("method", "max_length", "min_length", "no_repeat_ngram", "bad_words", "avoid", "stop")
+ALWAYS = (
+    "method",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram",
+    "bad_words",
+    "avoid",
+    "stop",
+    "language_mask",
+    "ensemble_mean",
+)
+CONTRASTS = ("none", "model", "language")
 PHRASES = ("bad_words", "stop")  # options that are phrases
 
 
@@ -126,6 +139,13 @@ class DecodeConfig:
     bad_words: tuple[tuple[int, ...], ...] = ()  # phrases of token ids that may not be written
     avoid: bool = False  # not to write the phrases given of each example
     stop: tuple[tuple[int, ...], ...] = ()  # phrases of token ids behind which a text ends, as behind EOS
+    language_mask: bool = False  # only tokens of the language to be written
+    language_bias: float = 0.0  # weight of the log-frequency of a token in that language; 0: off
+    contrast: str = "none"  # with whom: "model", a weaker one; "language", itself when told another language
+    contrast_alpha: float = 0.1  # contrasts choose among tokens at least this share of the best
+    contrast_beta: float = 0.5  # (1 + beta) of the model's logits less beta of the others'
+    dola_layers: tuple[int, ...] = ()  # counts of decoder layers: contrast with what the head makes of one of these
+    ensemble_mean: str = "probabilities"  # of several models, out of `MEANS`
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
     guesses: int = 8  # tokens guessed a pass
@@ -145,6 +165,8 @@ class DecodeConfig:
         for name, default in METHODS[self.method].defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
+        self._check_contrasts()
+        MEANS[self.ensemble_mean]
         proposer = PROPOSERS[self.proposer]
         for name in ("guesses", "branches", "mask_token"):
             if name not in proposer.options and getattr(self, name) != getattr(type(self), name):
@@ -187,6 +209,30 @@ class DecodeConfig:
         """For JSON: a function by its name."""
         return {name: getattr(value, "__qualname__", value) for name, value in dataclasses.asdict(self).items()}
 
+    def _check_contrasts(self) -> None:
+        layers = self.dola_layers
+        if self.contrast not in CONTRASTS:
+            raise ValueError(f"contrast={self.contrast!r} is none of {CONTRASTS}")
+        if not isinstance(layers, tuple) or not all(map(_integer(0), layers)) or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"dola_layers={layers!r} must be a tuple of different numbers of decoder layers, as (2, 4)"
+            )
+        if layers and self.contrast != "none":
+            raise ValueError(f"dola_layers={layers} and contrast={self.contrast!r}: a model has one contrast at a time")
+        for option in ("contrast_alpha", "contrast_beta"):
+            users = [name for name, kind in PROCESSORS.items() if option in kind.further]
+            value, default = getattr(self, option), getattr(type(self), option)
+            if value != default and not any(self._is_on(name) for name in users):
+                raise ValueError(f"{option}={value!r} means nothing without {' or '.join(users)}")
+        if PROPOSERS[self.proposer].drafts and (layers or self.contrast != "none"):
+            raise ValueError(
+                f"proposer={self.proposer!r} with a contrast: the draft has nobody to be contrasted with, and would "
+                "guess other tokens than those chosen; take proposer='input_copy' or none"
+            )
+
+    def _is_on(self, option: str) -> bool:
+        return getattr(self, option) != getattr(type(self), option)
+
     def selector(self) -> Selector:
         """The method's selector. `selector().group` decoding rows serve one example."""
         return METHODS[self.method].selector(self)
@@ -209,9 +255,10 @@ class DecodeConfig:
 
     def processors(self) -> tuple[Processor, ...]:
         """The processors that are switched on, in the order of `PROCESSORS`."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return tuple(
-            kind.make(getattr(self, name)) for name, kind in PROCESSORS.items() if getattr(self, name) != defaults[name]
+            kind.make(*(getattr(self, option) for option in (name, *kind.further)))
+            for name, kind in PROCESSORS.items()
+            if self._is_on(name)
         )
 
 
@@ -246,6 +293,9 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("typical", "in (0, 1] (1: off)", lambda v: 0 < v <= 1),
     ("mirostat", "at least 0 (0: off)", lambda v: 0 <= v < float("inf")),
     ("repetition_penalty", "above 0 (1: off)", lambda v: 0 < v < float("inf")),
+    ("language_bias", "at least 0 (0: off)", lambda v: 0 <= v < float("inf")),
+    ("contrast_alpha", "in (0, 1]", lambda v: 0 < v <= 1),
+    ("contrast_beta", "at least 0", lambda v: 0 <= v < float("inf")),
     ("no_repeat_ngram", "an integer of at least 0 (0: off)", _integer(0)),
     ("guesses", "an integer of at least 1", _integer(1)),
     ("branches", "an integer of at least 1", _integer(1)),

@@ -1,7 +1,7 @@
 """Sources in, decoded tokens out: batches, pads to few shapes, compiles once per shape, returns host arrays."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,26 @@ from jaxtyping import Array
 from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens, fill, pad, shards, target_languages
 from mlm.decoding.config import PHRASES, DecodeConfig
 from mlm.decoding.loop import NOTHING, decode
+from mlm.decoding.members import Opened, averaged, contrasted, told
 from mlm.decoding.ngrams import Trigrams
 from mlm.decoding.phrases import check_given
 from mlm.decoding.proposers import PROPOSERS, Inputs
 from mlm.decoding.ranking import cut
-from mlm.decoding.state import NEG_INF, Decoded, Read, Seen, Step
+from mlm.decoding.state import NEG_INF, Decoded, Read, Seen
 from mlm.models.transformer import Transformer
 from mlm.models.tree import Tree
-from mlm.types import EOS_ID, Params, PyTree
+from mlm.types import EOS_ID, PAD_ID, Params, PyTree
+
+
+class Reading(NamedTuple):
+    """What a model is given of each example, beside its number and its limit. start: what the decoder reads first,
+    where that is not the model's own start token.
+    """
+
+    sources: TokenLists
+    prompts: TokenLists | None = None
+    languages: Ints | None = None
+    start: int | None = None
 
 
 class Generator:
@@ -27,7 +39,8 @@ class Generator:
 
     rows: sharding of an array's first axis over the mesh, e.g. NamedSharding(mesh, P("data")); parameters stay where
     their own shardings put them. batch_size: examples per device call at most. draft: the smaller model that
-    some proposers ask.
+    some proposers ask. ensemble: models that decode together with this one, as if they were one. contrast: the weaker
+    model that contrast="model" asks. All have one vocabulary.
     """
 
     def __init__(
@@ -38,13 +51,16 @@ class Generator:
         rows: NamedSharding | None = None,
         batch_size: int = 64,
         draft: Transformer | None = None,
+        ensemble: Sequence[Transformer] = (),
+        contrast: Transformer | None = None,
     ):
-        _check_draft(model, config, draft)
+        _check_models(model, config, draft, ensemble, contrast)
         for name in PHRASES:
             check_tokens(f"phrase of {name}", getattr(config, name), model.config.vocab_size)
         if config.mask_token is not None:
             check_tokens("mask_token", [[config.mask_token]], model.config.vocab_size)
-        self.model, self.config, self.draft = model, config, draft
+        self.model, self.config = model, config
+        self.draft, self.ensemble, self.contrast = draft, tuple(ensemble), contrast
         self.compilations = 0  # shapes seen so far; each costs seconds once
         self._rows = rows
         self._shards = shards(rows)
@@ -61,80 +77,156 @@ class Generator:
         ids: Ints | None = None,
         languages: Ints | None = None,
         given: Mapping[str, np.ndarray] = NOTHING,
+        against: Reading | None = None,
         draft: Params | None = None,
+        ensemble: Sequence[Params] = (),
+        contrast: Params | None = None,
         table: Trigrams | None = None,
     ) -> Decoded:
         """Results in the order of `sources`, as NumPy arrays; see `Decoded`, and `decode` for the options.
 
-        languages: target language id of each source, which a language-aware model asks for. draft: parameters of the
-        smaller model. table: trigrams for the proposers that look them up. given: arrays of one row per source, see
-        `decode`. A decoder alone goes on from its sources: they
-        are the beginnings of its results. Raises ValueError for an empty source, a token outside the vocabulary, or a
-        prompt that leaves no room below its limit.
+        languages: target language id of each source, which a language-aware model asks for. draft, ensemble, contrast:
+        parameters of the other models. table: trigrams for the proposers that look them up. against: what the model
+        reads where contrast="language" contrasts it with itself, prompts as long as its own. given: arrays of one row
+        per source, see `decode`; language_mask=True reads "language_mask", bool [N, V], and language_bias
+        "language_bias", float [N, V]. A decoder alone goes on from its sources: they are the beginnings of its results.
+        Raises ValueError for an empty source, a token outside the vocabulary, a prompt that leaves no room below its
+        limit, or anything of these that is missing or too much.
         """
         count, width = len(sources), self.config.max_length
-        check_tokens("source", sources, self.model.config.vocab_size)
-        if self.model.config.encoder is None:
-            told = [[]] * count if prompts is None else prompts
-            sources, prompts = [[EOS_ID]] * count, [[*s, *p] for s, p in zip(sources, told, strict=True)]
+        reading = self._checked(Reading(sources, prompts, languages))
         limits = np.full(count, width) if limits is None else np.minimum(limits, width)
         ids = np.arange(count) if ids is None else np.asarray(ids)
-        for name, values in (("prompts", prompts), ("limits", limits), ("ids", ids), *given.items()):
-            if values is not None and len(values) != count:
+        for name, values in (("limits", limits), ("ids", ids), *given.items()):
+            if len(values) != count:
                 raise ValueError(f"{len(values)} {name} for {count} sources: give one per source")
-        lengths = [0] * count if prompts is None else [len(p) for p in prompts]
+        lengths = _lengths(reading.prompts, count)
         for index, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
             if length >= limit:
                 raise ValueError(
                     f"source {index}: a prompt of {length} tokens leaves no room under the limit of {limit} tokens; "
                     "shorten it or raise max_length or its limit"
                 )
-        if prompts is not None:
-            check_tokens("prompt", [p for p in prompts if len(p)], self.model.config.vocab_size)
         check_given(self.config, given, np.asarray(limits) - lengths, self.model.config.vocab_size)
-        if (draft is None) != (self.draft is None):
-            raise ValueError("the draft model and its parameters belong together: give both, or neither")
-
-        to = target_languages(languages, count, self.model.config.languages)
+        self._check_given(given, count)
+        against = self._checked_against(against, lengths)
+        for name, value in (("draft", draft), ("contrast", contrast)):
+            if (value is None) != (getattr(self, name) is None):
+                raise ValueError(f"the {name} model and its parameters belong together: give both, or neither")
+        if len(ensemble) != len(self.ensemble):
+            raise ValueError(f"parameters of {len(ensemble)} members for an ensemble with {len(self.ensemble)} others")
 
         best = self.config.n_best
         tokens = np.zeros((count, best, width), np.int32)
         scores = np.full((count, best), NEG_INF, np.float32)
         found = np.zeros((count, best), np.int32)
         passes = np.zeros(count, np.int32)
-        for chosen in batches([len(s) + n for s, n in zip(sources, lengths, strict=True)], self._batch_size):
-            inputs = jax.device_put(self._inputs(chosen, sources, prompts, limits, ids, to, given), self._rows)
-            out = jax.device_get(self._run(params, inputs, draft, table))
+        sizes = [len(s) + n for s, n in zip(reading.sources, lengths, strict=True)]
+        for chosen in batches(sizes, self._batch_size):
+            inputs = jax.device_put(self._inputs(chosen, reading, against, limits, ids, given), self._rows)
+            out = jax.device_get(self._run((params, *ensemble), inputs, draft, contrast, table))
             tokens[chosen], scores[chosen], found[chosen], passes[chosen] = (x[: len(chosen)] for x in out)
         return Decoded(tokens, scores, found, passes)
 
-    def _inputs(self, chosen, sources, prompts, limits, ids, languages, given) -> dict[str, Any]:
+    def _checked(self, reading: Reading) -> Reading:
+        """As the models take it."""
+        sources, prompts, languages, _ = reading
+        count, vocab = len(sources), self.model.config.vocab_size
+        check_tokens("source", sources, vocab)
+        if prompts is not None:
+            if len(prompts) != count:
+                raise ValueError(f"{len(prompts)} prompts for {count} sources: give one per source")
+            check_tokens("prompt", [p for p in prompts if len(p)], vocab)
+        if self.model.config.encoder is None:
+            told = [[]] * count if prompts is None else prompts
+            sources, prompts = [[EOS_ID]] * count, [[*s, *p] for s, p in zip(sources, told, strict=True)]
+        models = (self.model, *self.ensemble, self.draft, self.contrast)
+        known = [model.config.languages for model in models if model and model.config.languages]
+        return reading._replace(
+            sources=sources, prompts=prompts, languages=target_languages(languages, count, min(known, default=None))
+        )
+
+    def _checked_against(self, against: Reading | None, lengths: list[int]) -> Reading | None:
+        if (against is None) == (self.config.contrast == "language"):
+            raise ValueError(
+                f"contrast={self.config.contrast!r} {'asks' if against is None else 'does not ask'} what the model "
+                "reads against its own sources: give `against` together with contrast='language'; in a session, "
+                'contrast_to="de"'
+            )
+        if against is None:
+            return None
+        against = self._checked(against)
+        other = _lengths(against.prompts, len(against.sources))
+        if other != lengths:
+            raise ValueError(
+                f"prompts of {lengths[:8]} tokens against prompts of {other[:8]}: both readings need as many, equally "
+                "long ones, since what is written stands at the same places in both. Where a language token is forced "
+                "first, name another language, not none"
+            )
+        return against
+
+    def _check_given(self, given: Mapping[str, np.ndarray], count: int) -> None:
+        shape = (count, self.model.config.vocab_size)
+        for name in ("language_mask", "language_bias"):
+            if not getattr(self.config, name):
+                continue
+            if name not in given or given[name].shape != shape:
+                what = f"has the shape {given[name].shape}" if name in given else "is missing"
+                raise ValueError(f"{name} reads given[{name!r}], an array of the shape {shape}, which {what}")
+        if self.config.language_mask and not given["language_mask"][:, EOS_ID].all():
+            raise ValueError(f"a language_mask must allow the end of sequence, token {EOS_ID}")
+
+    def _inputs(self, chosen, reading, against, limits, ids, given) -> dict[str, Any]:
         rows = min(bucket(-(-len(chosen) // self._shards), 1) * self._shards, self._batch_size)
-        picked = [sources[i] for i in chosen]
         spare = rows - len(chosen)
-        inputs = {
-            "sources": pad(picked, rows, bucket(max(map(len, picked)))),
-            "source_lengths": fill([len(s) for s in picked], rows, 1),
+        readings = [reading] if against is None else [reading, against]
+        width = bucket(max(len(r.sources[i]) for r in readings for i in chosen))
+        inputs: dict[str, Any] = {
+            **self._read(reading, chosen, rows, width),
             "limits": fill(limits[chosen], rows, 0),
             "ids": fill(ids[chosen], rows, 0),
             "given": {n: np.pad(x[chosen], [(0, spare), *[(0, 0)] * (x.ndim - 1)]) for n, x in given.items()},
         }
-        if languages is not None:
-            inputs["languages"] = fill(languages[chosen], rows, 0)
-        if prompts is not None and any(len(prompts[i]) for i in chosen):
-            told = [prompts[i] for i in chosen]
+        if against is not None:
+            inputs["against"] = self._read(against, chosen, rows, width)
+            inputs["against"]["start"] = fill([against.start or PAD_ID] * len(chosen), rows, PAD_ID)
+        return inputs
+
+    def _read(self, reading: Reading, chosen: np.ndarray, rows: int, width: int) -> dict[str, np.ndarray]:
+        picked = [reading.sources[i] for i in chosen]
+        inputs = {"sources": pad(picked, rows, width), "source_lengths": fill([len(s) for s in picked], rows, 1)}
+        if reading.languages is not None:
+            inputs["languages"] = fill(np.asarray(reading.languages)[chosen], rows, 0)
+        if reading.prompts is not None and any(len(reading.prompts[i]) for i in chosen):
+            told = [reading.prompts[i] for i in chosen]
             longest = min(bucket(max(map(len, told)), 1), self.config.max_length)
             inputs["prompts"] = pad(told, rows, longest)
             inputs["prompt_lengths"] = fill([len(p) for p in told], rows, 0)
         return inputs
 
     def _decode(
-        self, params: Params, inputs: Mapping[str, Any], draft: Params | None = None, table: Trigrams | None = None
+        self,
+        params: tuple[Params, ...],
+        inputs: Mapping[str, Any],
+        draft: Params | None,
+        contrast: Params | None,
+        table: Trigrams | None,
     ) -> Decoded:
         self.compilations += 1  # runs while tracing only
-        step, cache = self._opened(self.model, params, inputs)
+        models = list(zip((self.model, *self.ensemble), params, strict=True))
+        mean, group = self.config.ensemble_mean, self.config.selector().group
+        step, cache = averaged([self._opened(*each, inputs) for each in models], mean)
+        if self.contrast is not None and contrast is not None:
+            step, cache = contrasted((step, cache), self._opened(self.contrast, contrast, inputs))
+        if "against" in inputs:
+            other = averaged([self._opened(*each, inputs["against"]) for each in models], mean)
+            beginning, ends = inputs["against"]["start"][:, None], jnp.zeros_like(inputs["ids"])
+            if "prompts" in inputs:
+                beginning = jnp.concatenate([beginning, inputs["against"]["prompts"]], axis=1)
+                ends = inputs["prompt_lengths"]
+            beginning, ends = (jnp.repeat(x, group, axis=0) for x in (beginning, ends))
+            step, cache = contrasted((step, cache), told(other, beginning, ends))
         drafting = None if self.draft is None or draft is None else self._opened(self.draft, draft, inputs)
-        group = self.config.selector().group
         sources, lengths = (jnp.repeat(inputs[name], group, axis=0) for name in ("sources", "source_lengths"))
         proposer = PROPOSERS[self.config.proposer]
         with cut(self.model.placement.pieces("vocab")):
@@ -154,7 +246,7 @@ class Generator:
                 ),
             )
 
-    def _opened(self, model: Transformer, params: Params, inputs: Mapping[str, Any]) -> tuple[Step, PyTree]:
+    def _opened(self, model: Transformer, params: Params, inputs: Mapping[str, Any]) -> Opened:
         """A model's step over the sources it has read, and its empty cache."""
         params, sources, to = model.unrolled(params), inputs["sources"], inputs.get("languages")
         rows = sources.shape[0] * self.config.selector().group
@@ -166,12 +258,13 @@ class Generator:
             to = jnp.repeat(to, rows // to.shape[0])
         block = max(self.config.block, inputs["prompts"].shape[1] if "prompts" in inputs else 1)
         cache = model.init_cache(params, encoded, real, rows, self.config.slots, to, block)
+        early = self.config.dola_layers
 
         def step(
             tokens: Array, cache: PyTree, tree: Tree | None = None, prefix: Array | None = None
         ) -> tuple[Read, PyTree]:
-            logits, hidden, cache = model.step(params, tokens, cache, prefix, tree)
-            return Read(logits, Seen(hidden)), cache
+            (logits, *others), hidden, cache = model.step_by_depth(params, tokens, cache, early, prefix, tree)
+            return Read(logits, Seen(hidden, tuple(others))), cache
 
         return step, self._shard(cache)
 
@@ -189,20 +282,54 @@ class Generator:
         return jax.tree.map(place, cache)
 
 
-def _check_draft(model: Transformer, config: DecodeConfig, draft: Transformer | None) -> None:
-    """Raises ValueError where the draft model is missing, not asked for, or of another vocabulary or kind."""
-    wanted = PROPOSERS[config.proposer].drafts
-    if wanted != (draft is not None):
+def _lengths(prompts: TokenLists | None, count: int) -> list[int]:
+    return [0] * count if prompts is None else [len(p) for p in prompts]
+
+
+def _check_models(
+    model: Transformer,
+    config: DecodeConfig,
+    draft: Transformer | None,
+    members: Sequence[Transformer],
+    contrast: Transformer | None,
+) -> None:
+    """Raises ValueError where a model is missing, not asked for, or of another vocabulary or kind."""
+    drafting = [name for name, kind in PROPOSERS.items() if kind.drafts]
+    for name, option, values, other in (
+        ("draft", "proposer", drafting, draft),
+        ("contrast", "contrast", ["model"], contrast),
+    ):
+        value = getattr(config, option)
+        if (value in values) != (other is not None):
+            said = f"needs a {name} model and got none" if other is None else f"asks no {name} model"
+            raise ValueError(f"{option}={value!r} {said}: give {name} together with {option}, one of {values}")
+    if config.ensemble_mean != type(config).ensemble_mean and not members:
+        raise ValueError(f"ensemble_mean={config.ensemble_mean!r} means nothing to one model; give an ensemble")
+    named = [("draft", draft), ("contrast", contrast), *(("ensemble", member) for member in members)]
+    for name, other in named:
+        if other is not None:
+            _check_pair(model, other, f"the {name} model")
+    _check_layers(model, config.dola_layers, members)
+
+
+def _check_pair(model: Transformer, other: Transformer, name: str) -> None:
+    if other.config.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"proposer={config.proposer!r} {'needs a draft model and got none' if wanted else 'asks no draft model'}: "
-            f"give draft together with one of {[name for name, kind in PROPOSERS.items() if kind.drafts]}"
+            f"{name} has a vocabulary of {other.config.vocab_size} ids and the model one of "
+            f"{model.config.vocab_size}: a token must mean the same to both"
         )
-    if draft is None:
+    if (other.config.encoder is None) != (model.config.encoder is None):
+        raise ValueError(f"{name} must have an encoder where the model has one, and none where it has none")
+
+
+def _check_layers(model: Transformer, layers: tuple[int, ...], members: Sequence[Transformer]) -> None:
+    if not layers:
         return
-    if draft.config.vocab_size != model.config.vocab_size:
+    if members:
+        raise ValueError(f"dola_layers={layers}: the models of an ensemble have no layers in common")
+    decoder = model.config.stacks()["decoder"]
+    if max(layers) >= decoder.layers:
         raise ValueError(
-            f"the draft model has a vocabulary of {draft.config.vocab_size} ids and the model one of "
-            f"{model.config.vocab_size}: a guess must mean the same token to both"
+            f"dola_layers={layers}: the decoder has {decoder.layers} layers, so the numbers must be below it (0: what "
+            "enters the first one)"
         )
-    if (draft.config.encoder is None) != (model.config.encoder is None):
-        raise ValueError("the draft model must have an encoder where the model has one, and none where it has none")

@@ -2,7 +2,8 @@
 
 A forbidden token gets NEG_INF; the most probable one is never forbidden by a truncation. The model's own logits stay
 beside the processed ones, so scores do not change. `PROCESSORS` maps a name (an option of `DecodeConfig`) to what makes
-one of that option's value, in the order in which they are applied. A row's prefix: its prompt and what it has written.
+one of that option's value, in the order in which they are applied: first what forbids, so that what compares a token
+with the best one knows which are left. A row's prefix: its prompt and what it has written.
 """
 
 import math
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mlm.decoding.phrases import aligned
+from mlm.decoding.ranking import first_max
 from mlm.decoding.ranking import top_k as largest
 from mlm.decoding.state import DEAD, NEG_INF, Processor, State, newest, recurrences, written
 from mlm.registry import Registry
@@ -76,6 +78,51 @@ def min_length(length: int) -> Processor:
     return process
 
 
+def language_mask(on: bool) -> Processor:
+    """Forbids what is False in the row's `given["language_mask"]` [V]: tokens of other languages, into which zero-shot
+    translation falls. Source of the problem: Zhang et al. 2020 (arXiv:2004.11867).
+    """
+    return lambda logits, state: jnp.where(state.given["language_mask"], logits, NEG_INF)
+
+
+def language_bias(weight: float) -> Processor:
+    """logits + weight · the row's `given["language_bias"]` [V]: how probable each token is in its language anyway."""
+    return lambda logits, state: jnp.where(logits > NEG_INF, logits + weight * state.given["language_bias"], NEG_INF)
+
+
+def contrastive(alpha: float, beta: float) -> Processor:
+    """(1 + beta)·s - beta·s', where s' are the logits of whom the model is contrasted with (`Seen.others`), of tokens
+    at least alpha times as probable as the best one; the others are forbidden.
+
+    The choice is that of s - w·s' with w = beta / (1 + beta). Sources: Li et al. 2023 (arXiv:2210.15097), in the form
+    of O'Brien & Lewis 2023 (arXiv:2309.09117); against another language: Sennrich et al. 2024 (arXiv:2309.07098).
+    """
+
+    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
+        (other,) = _others(state)
+        return jnp.where(_near_best(logits, alpha), (1 + beta) * logits - beta * other, NEG_INF)
+
+    return process
+
+
+def dola(alpha: float) -> Processor:
+    """log p - log p', where p' is what the head makes of an earlier layer (`Seen.others`): of them the one that is
+    farthest from p by Jensen-Shannon divergence; of tokens at least alpha times as probable as the best one.
+
+    All over the tokens that are not forbidden. Source: Chuang et al. 2024 (arXiv:2309.03883).
+    """
+
+    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
+        early = jnp.where(logits > NEG_INF, jnp.stack(_others(state)), NEG_INF)
+        final, early = (jax.nn.log_softmax(x, axis=-1) for x in (logits, early))
+        middle = jnp.logaddexp(final, early) - math.log(2)
+        divergence = sum(jnp.sum(jnp.exp(p) * (p - middle), axis=-1) for p in (final, early)) / 2
+        chosen = jax.vmap(lambda layers, number: layers[number], in_axes=(1, 0))(early, first_max(divergence.T))
+        return jnp.where(_near_best(logits, alpha), final - chosen, NEG_INF)
+
+    return process
+
+
 def temperature(value: float) -> Processor:
     """logits / value: below 1 sharper, above 1 flatter."""
     return lambda logits, state: jnp.where(logits > NEG_INF, logits / value, NEG_INF)
@@ -107,11 +154,7 @@ def top_p(mass: float) -> Processor:
 def min_p(share: float) -> Processor:
     """Keeps tokens at least `share` times as probable as the best. Source: Nguyen et al. 2024 (arXiv:2407.01082)."""
 
-    def process(logits: Float[Array, "R V"], state: State) -> Float[Array, "R V"]:
-        threshold = jnp.max(logits, axis=-1, keepdims=True) + math.log(share)
-        return jnp.where(logits >= threshold, logits, NEG_INF)
-
-    return process
+    return lambda logits, state: jnp.where(_near_best(logits, share), logits, NEG_INF)
 
 
 def epsilon(least: float) -> Processor:
@@ -166,6 +209,17 @@ def mirostat(surprise: float) -> Processor:
         return jnp.where(kept, logits, NEG_INF)
 
     return process
+
+
+def _near_best(logits: Float[Array, "R V"], share: float) -> Bool[Array, "R V"]:
+    """Tokens at least `share` times as probable as the best one."""
+    return logits >= jnp.max(logits, axis=-1, keepdims=True) + math.log(share)
+
+
+def _others(state: State) -> tuple[Float[Array, "R V"], ...]:
+    if not (state.seen and state.seen.others):
+        raise ValueError("nothing to contrast the model with: this pass says nothing but the model's own logits")
+    return state.seen.others
 
 
 def _zipf_exponent(logits: Float[Array, "R V"]) -> Float[Array, "R"]:
@@ -229,19 +283,36 @@ def _mark(tokens: Int[Array, "R N"], flag: Bool[Array, "R N"], vocab: int) -> Bo
 
 
 class Kind(NamedTuple):
-    """How a processor is made of its option's value, and what it does, in a line."""
+    """How a processor is made of the values of its option and of further ones, and what it does, in a line."""
 
-    make: Callable[[Any], Processor]
+    make: Callable[..., Processor]
     summary: str
+    further: tuple[str, ...] = ()  # options that mean something only where this one is switched on
 
 
 PROCESSORS: Registry[Kind] = Registry(
     "logits processor",
-    repetition_penalty=Kind(repetition_penalty, "tokens already there become less probable (Keskar et al. 2019)"),
     no_repeat_ngram=Kind(no_repeat_ngram, "no n-gram twice (Paulus et al. 2017)"),
     bad_words=Kind(bad_words, "phrases, as tuples of token ids, that must not be written"),
     avoid=Kind(avoid, "phrases, given of each example, that must not be written"),
     min_length=Kind(min_length, "no end before this token"),
+    language_mask=Kind(
+        language_mask,
+        "no tokens that the language to be written does not have, against the off-target outputs of Zhang et al. 2020",
+    ),
+    contrast=Kind(
+        lambda against, *values: contrastive(*values),
+        "away from what a weaker model says, contrast='model' (Li et al. 2023, O'Brien & Lewis 2023), or the model "
+        "itself when told another language, 'language' (Sennrich et al. 2024)",
+        ("contrast_alpha", "contrast_beta"),
+    ),
+    dola_layers=Kind(
+        lambda layers, alpha: dola(alpha),
+        "away from what the model would say after so many of its decoder layers (Chuang et al. 2024)",
+        ("contrast_alpha",),
+    ),
+    repetition_penalty=Kind(repetition_penalty, "tokens already there become less probable (Keskar et al. 2019)"),
+    language_bias=Kind(language_bias, "towards tokens that are frequent in the language to be written, by this weight"),
     temperature=Kind(temperature, "below 1 sharper, above 1 flatter (Ackley et al. 1985)"),
     top_k=Kind(top_k, "the k most probable tokens (Fan et al. 2018)"),
     top_p=Kind(top_p, "the most probable tokens that hold this mass (Holtzman et al. 2019)"),

@@ -89,7 +89,7 @@ class Scorer:
                 for index, _, first in pieces:
                     end = first + len(told[index])
                     scores[index, : lengths[index]] = row[end - lengths[index] : end]
-        return Scores(scores, scores.astype(np.float64).sum(1).astype(np.float32), lengths)
+        return _scores(scores, lengths)
 
     @property
     def _packs(self) -> bool:
@@ -117,6 +117,20 @@ class Scorer:
             return jax.vmap(token_log_prob)(self.model.logits(params, states) / self._temperature, tokens)
 
         return jax.lax.map(part, (hidden, target)).swapaxes(0, 1).reshape(batch, -1)[:, :length]
+
+
+def together(scores: Sequence[Scores]) -> Scores:
+    """Of an ensemble: the mean of the probabilities that its models give to a token."""
+    return scores[0] if len(scores) == 1 else _scores(mean_probability([s.tokens for s in scores]), scores[0].lengths)
+
+
+def mean_probability(log_probs: Sequence[Float[np.ndarray, "..."]]) -> Float[np.ndarray, "..."]:
+    """log mean_m exp(log_probs_m); 0 where all are."""
+    return np.logaddexp.reduce(log_probs, axis=0) - np.log(len(log_probs)) if len(log_probs) > 1 else log_probs[0]
+
+
+def _scores(tokens: Float[np.ndarray, "N T"], lengths: Int[np.ndarray, "N"]) -> Scores:
+    return Scores(tokens, tokens.astype(np.float64).sum(1).astype(np.float32), lengths)
 
 
 def packed(sources: TokenLists, targets: TokenLists, widths: tuple[int, int]) -> list[list[Piece]]:

@@ -287,10 +287,12 @@ class Stack:
         placement: Placement,
         prefix: Bool[Array, "R Q"] | None = None,
         tree: Tree | None = None,
-    ) -> tuple[Float[Array, "R Q D"], tuple[PyTree, ...]]:
+        early: tuple[int, ...] = (),
+    ) -> tuple[tuple[Float[Array, "R Q D"], ...], tuple[PyTree, ...]]:
         """Final normed states of a block of Q positions per row, and the self slots with the block written.
 
         prefix: positions of the block that see each other both ways. tree: of its nodes, whose depths are their places.
+        early: numbers of layers; behind the final states stand those after so many layers (0: none), normed as these.
         """
         config, frame = self.config, self._bind_frame(params)
         if tree is not None and not config.branches():
@@ -325,10 +327,13 @@ class Stack:
         to = cache["languages"][:, None] if "languages" in cache else None
         its = Pass(real=jnp.ones(rows.shape[:2], bool), placement=placement, cached=True, target_languages=to)
         x, written = self.enter(params, rows, at, its), []
+        after = [x]
         for layer, own, cross in zip(self.layer_list(params), cache["self"], cache["cross"], strict=True):
             x, updated = layer.step(x, {"self": own, "cross": cross}, view, its)
             written.append(updated)
-        return frame.final_norm(x, to) if config.final_norm else x, tuple(written)
+            after.append(x)
+        states = (x, *(after[number] for number in early))
+        return tuple(frame.final_norm(x, to) if config.final_norm else x for x in states), tuple(written)
 
 
 def _multiplied(layer: Params, factors: Float[np.ndarray, "copies"]) -> Params:

@@ -385,10 +385,27 @@ class Transformer:
         so a caller commits n of the Q tokens by adding n to it, and rolls back by not adding. length + Q must not
         exceed the positions that the cache was made for.
         """
+        (logits,), hidden, cache = self.step_by_depth(params, tokens, cache, (), prefix, tree)
+        return logits, hidden, cache
+
+    def step_by_depth(
+        self,
+        params: Params,
+        tokens: Int[Array, "R Q"],
+        cache: PyTree,
+        early: tuple[int, ...],
+        prefix: Bool[Array, "R Q"] | None = None,
+        tree: Tree | None = None,
+    ) -> tuple[tuple[Float[Array, "R Q V"], ...], Float[Array, "R Q D"], PyTree]:
+        """As `step`, where the logits are followed by those that the head makes of the states after so many decoder
+        layers, one for each number of `early` (0: of the embeddings).
+        """
         rows = self._rows(params, "decoder", tokens)
-        hidden, own = self._stacks["decoder"].step(params["decoder"], rows, cache, self.placement, prefix, tree)
-        hidden = self._offset(params, hidden, cache["languages"][:, None] if "languages" in cache else None)
-        return self.logits(params, hidden), hidden, {**cache, "self": own}
+        stack = self._stacks["decoder"]
+        states, own = stack.step(params["decoder"], rows, cache, self.placement, prefix, tree, early)
+        to = cache["languages"][:, None] if "languages" in cache else None
+        states = tuple(self._offset(params, x, to) for x in states)
+        return tuple(self.logits(params, x) for x in states), states[0], {**cache, "self": own}
 
     def _transformed(self, params: Params, hidden: Hidden) -> Hidden:
         return self._bind_ends(params).transform(hidden) if self.config.head.mlm_transform else hidden

@@ -12,15 +12,15 @@ from mlm.data.batching import Example
 from mlm.data.evaluator import Outcome, compute_metrics, forced_beginning, packed_batches, predicts, read_examples
 from mlm.data.languages import LANGUAGES
 from mlm.data.recipes import Lengths
-from mlm.decoding.buckets import TokenLists, shards
+from mlm.decoding.buckets import shards
 from mlm.decoding.generate import Generator
-from mlm.decoding.ngrams import Trigrams
 from mlm.decoding.phrases import stop_size
 from mlm.decoding.state import Decoded
 from mlm.evaluation.language_loss import LanguageLosses
 from mlm.evaluation.results import LanguageTable, language_table, totals
+from mlm.session.language_control import given
 from mlm.session.session import Session
-from mlm.types import PAD_ID, Params
+from mlm.types import PAD_ID
 
 GROUP = 1024  # examples; their tasks are evaluated together, and their results known
 LOSS_ROWS = 16  # rows of a batch when losses are measured
@@ -40,10 +40,7 @@ def evaluate_each(
     read = partial(read_examples, tasks, session.vocabulary, lengths, split, num_examples)
     for group in _groups(read(template=session.own_template)):
         tables = _tables(session, group, lengths)
-        search = partial(session.beginning, generator)
-        predictions = Predictions(
-            search, session.params, session.draft_params(generator), session.table, generator.config.stop
-        )
+        predictions = Predictions(session, generator)
         asked = [example for name, examples in group.items() if predicts(name) for example in examples]
         if asked:
             check_sources_are_read(session)
@@ -95,20 +92,14 @@ def outcome_of(
 
 class Predictions:
     """(sources, forced beginnings, what the model is told) -> tokens. Remembers what it has decoded, so that the
-    examples of many tasks can be decoded together before SeqIO asks for them one task at a time. stop: sequences that
-    end a text, and are cut off.
+    examples of many tasks can be decoded together before SeqIO asks for them one task at a time. A stop sequence is cut
+    off. search: what is called in the place of the session's generators.
     """
 
-    def __init__(
-        self,
-        search: Search,
-        params: Params,
-        draft: Params | None = None,
-        table: Trigrams | None = None,
-        stop: TokenLists = (),
-    ):
-        self._search, self._params, self._draft, self._table = search, params, draft, table
-        self._stop = stop
+    def __init__(self, session: Session, generator: Generator, search: Search | None = None):
+        self._session, self._config = session, generator.config
+        self._search = search or partial(session.beginning, generator)
+        self._others = session.others(generator)
         self._known: dict[tuple[Told, tuple[bytes, bytes]], np.ndarray] = {}
 
     def learn(self, sources: Tokens, prompts: Tokens, told: Sequence[Told]) -> None:
@@ -117,17 +108,18 @@ class Predictions:
         new = {(t, _key(s, p)): (s, p) for s, p, t in asked if (t, _key(s, p)) not in self._known}
         for first in sorted({start for (_, start), _ in new}):
             alike = {key: value for key, value in new.items() if key[0][1] == first}
+            languages = [language for (language, _), _ in alike]
             found = self._search(first or None)(
-                self._params,
+                self._session.params,
                 [source for source, _ in alike.values()],
                 prompts=[prompt for _, prompt in alike.values()],
                 ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in alike],
-                languages=[language for (language, _), _ in alike],
-                draft=self._draft,
-                table=self._table,
+                languages=languages,
+                given=given(self._session, self._config, languages),
+                **self._others,
             )
             for row, length, (_, prompt) in zip(found.tokens[:, 0], found.lengths[:, 0], alike.values(), strict=True):
-                row[length - stop_size(row[len(prompt) : length], self._stop) :] = PAD_ID
+                row[length - stop_size(row[len(prompt) : length], self._config.stop) :] = PAD_ID
             self._known.update(zip(alike, found.tokens[:, 0], strict=True))
 
     def __call__(self, sources: Tokens, prompts: Tokens, told: Sequence[Told]) -> np.ndarray:

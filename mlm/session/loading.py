@@ -36,6 +36,8 @@ def load(
     batch_size: int = 32,
     quantise: str | None = None,
     draft: str | os.PathLike | None = None,
+    ensemble: Sequence[str | os.PathLike] = (),
+    contrast: str | os.PathLike | None = None,
     ngram_text: str | os.PathLike | None = None,
     best_metric: str | None = None,
     best_mode: str = "min",
@@ -45,9 +47,11 @@ def load(
     step: a checkpoint's number, "latest" (as None), or "best" by `best_metric` (default: the held-out loss).
     parameters: "ema", the running mean, "params", or "auto": the mean where the run kept one. mesh: how to split over
     the devices (default: rows over all); devices: some of them only. batch_size: examples per device call. quantise:
-    "int8" or "int4", how the matrices of the layers are kept (`mlm.models.quantisation`). draft: run directory of a
-    smaller model of the same vocabulary, whose latest checkpoint guesses ahead (proposer="draft_model"). ngram_text:
-    file of text like that to be written, a line for each, whose trigrams guess ahead (proposer="ngram_table").
+    "int8" or "int4", how the matrices of the layers are kept (`mlm.models.quantisation`). ngram_text: file of text like
+    that to be written, a line for each, whose trigrams guess ahead (proposer="ngram_table").
+    Other run directories of the same vocabulary, each with its latest checkpoint or, as "runs/small@2000", another
+    one. draft: a smaller model, which guesses ahead (proposer="draft_model"). ensemble: models that are one with this
+    one from here on. contrast: a weaker model, whose faults are to be avoided (contrast="model").
     Raises CheckpointError for a directory without a run or checkpoint, ValueError naming both hashes when the
     vocabulary is not the one that the model was trained with.
     """
@@ -63,6 +67,16 @@ def load(
     check_same_vocabulary(data["vocabulary_digest"], vocabulary, f"{run / 'data.json'}, written by the training", "now")
     if vocabulary.vocab_size > config.vocab_size:
         raise ValueError(f"{vocabulary} has more ids than the model's table of {config.vocab_size} rows")
+    named = [("draft", draft), ("contrast", contrast), *(("ensemble", member) for member in ensemble)]
+    for name, other in named:  # before anything large is read
+        if other is not None:
+            digest, size = _vocabulary_of(other)
+            check_same_vocabulary(vocabulary.digest, digest, str(run.path), f"the {name} model {other}")
+            if size != config.vocab_size:
+                raise ValueError(
+                    f"the {name} model {other} has a table of {size} rows and the model one of {config.vocab_size}; "
+                    "models that decode together need equally many"
+                )
 
     grid = make_mesh(mesh or MeshConfig(), devices)
     model = Transformer(config, MeshPlacement(grid))
@@ -78,10 +92,11 @@ def load(
     number = _step(checkpoints, step, metric)
     subtree = _subtree(checkpoints, number, parameters)
     restored = checkpoints.restore_params(number, wanted, subtree)
-    drafting = None
-    if draft is not None:
-        drafting = load(draft, mesh=mesh, devices=devices, batch_size=batch_size)
-        check_same_vocabulary(vocabulary.digest, drafting.vocabulary, str(run.path), f"the draft model {draft}")
+
+    def opened(other: str | os.PathLike) -> Session:
+        path, number = _at(other)
+        return load(path, number, mesh=mesh, devices=devices, batch_size=batch_size)
+
     return Session(
         run=run,
         step=restored.step,
@@ -93,11 +108,25 @@ def load(
         model=model,
         params=restored.state if quantise is None else quantised_in_place(restored.state, quantise),
         quantise=quantise,
-        draft=drafting,
+        draft=None if draft is None else opened(draft),
+        ensemble=[opened(member) for member in ensemble],
+        contrast=None if contrast is None else opened(contrast),
         table=None if ngram_text is None else _table(ngram_text, vocabulary),
         rows=batch_sharding(grid),
         batch_size=batch_size,
     )
+
+
+def _at(run_dir: str | os.PathLike) -> tuple[str, str | None]:
+    """Path and checkpoint of "runs/small@2000"; without the latter, and where a folder has that name, the path."""
+    path, _, step = os.fspath(run_dir).rpartition("@")
+    return (path, step) if path and not os.path.exists(run_dir) else (os.fspath(run_dir), None)
+
+
+def _vocabulary_of(run_dir: str | os.PathLike) -> tuple[str, int]:
+    """(digest of the vocabulary, rows of the model's table), as the run says."""
+    run = RunDirectory(_at(run_dir)[0])
+    return run.read_json("data.json")["vocabulary_digest"], from_json(run.read_json("model.json")).vocab_size
 
 
 def _table(path: str | os.PathLike, vocabulary: Any) -> Trigrams:

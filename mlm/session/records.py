@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlm.data.templates import Frame
-from mlm.decoding.generate import Generator
+from mlm.decoding.generate import Generator, Reading
 
 if TYPE_CHECKING:
     from mlm.session.session import Session
@@ -50,6 +50,7 @@ class Asked:
     ids: Sequence[int]
     languages: Sequence[int] | None
     given: Mapping[str, np.ndarray]
+    against: Reading | None = None  # what the model reads to be contrasted with itself
 
     @property
     def skips(self) -> list[int]:

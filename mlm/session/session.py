@@ -1,8 +1,7 @@
 """A model with its parameters and vocabulary, asked in texts."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,13 +10,13 @@ from jaxtyping import Array, Key
 
 from mlm.checkpoints.run_directory import RunDirectory
 from mlm.data.prompts import USUAL_FORM, Example, Format, Pool
-from mlm.data.templates import FROM, PLACES, TO, Frame, Template
+from mlm.data.templates import FROM, TO, Frame
 from mlm.decoding.config import PHRASES, DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.decoding.ngrams import Trigrams
 from mlm.decoding.phrases import stop_size
 from mlm.decoding.proposers import PROPOSERS
-from mlm.decoding.scoring import Scorer
+from mlm.decoding.scoring import Scorer, Scores, mean_probability, together
 from mlm.evaluation.embedding import Embedder
 from mlm.evaluation.language_loss import LanguageLosses, Spelling, TokenLosses, language_losses
 from mlm.evaluation.results import combine, totals
@@ -25,6 +24,8 @@ from mlm.models.config import ModelConfig
 from mlm.models.quantisation import quantised
 from mlm.models.transformer import Transformer
 from mlm.registry import nearest
+from mlm.session.language_control import against, given, token_counts
+from mlm.session.reading import Reader
 from mlm.session.records import Asked, Hypothesis, Ranked, Source
 from mlm.trees import count
 from mlm.types import EOS_ID, Params
@@ -34,14 +35,11 @@ if TYPE_CHECKING:
     from mlm.session.phrases import Phrase
 
 
-class Session:
+class Session(Reader):
     """A model with its parameters and vocabulary. Made by `load`; compiled programs are kept for the next call.
 
-    Texts are cleaned and encoded as the training tasks do it. A text longer than the run's inputs loses its end, with a
-    warning. `to` and `from_` name the language to be written and, where the model is told, the one that is read. Their
-    tokens stand where the run says (`own_template`: a converted one keeps its family's way, and evaluates tasks in it),
-    or else, or by language_token, where translation tasks put them: `to` in the "source", or forced first in the
-    "target", or "both", `from_` first in the source and `to` in the target.
+    How texts are read, and where languages are named, says `Reader`. With an ensemble, all its models write, score and
+    are evaluated as one.
     """
 
     def __init__(
@@ -60,15 +58,16 @@ class Session:
         batch_size: int,
         quantise: str | None = None,
         draft: "Session | None" = None,
+        ensemble: Sequence["Session"] = (),
+        contrast: "Session | None" = None,
         table: Trigrams | None = None,
     ):
-        self.run, self.step, self.parameters, self.config = run, step, parameters, config
-        self.data, self.extra, self.vocabulary = data, extra, vocabulary
+        super().__init__(config, data, vocabulary)
+        self.run, self.step, self.parameters, self.extra = run, step, parameters, extra
         self.model, self.params = model, params
         self.rows, self._batch_size = rows, batch_size
-        self.quantise, self.draft, self.table = quantise, draft, table
-        self.own_template = Template.of_run(data)
-        self.template = self.own_template or PLACES["source"]
+        self.quantise, self.draft, self.ensemble, self.contrast = quantise, draft, tuple(ensemble), contrast
+        self.table = table
         self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
         self._scorers: dict[tuple[int | None, float], Scorer] = {}
         self._embedder = Embedder(model, rows=rows, batch_size=batch_size)
@@ -80,6 +79,7 @@ class Session:
         asked = f", {example}" if example else ""
         kind = "running mean of the parameters" if self.parameters == "ema" else "parameters"
         kind += f", layers as {self.quantise}" if self.quantise else ""
+        kind += "".join(f", with {member.name}" for member in self.ensemble)
         return (
             f"Session of {self.run.path}, step {self.step} ({count(self.model.shapes()):,} {kind})\n"
             f"  trained on {self.data['mixture']!r}: up to {self.data['inputs_length']} tokens in, "
@@ -90,9 +90,9 @@ class Session:
         )
 
     @property
-    def languages(self) -> list[str]:
-        """Codes that `to` and `from_` accept: the languages that have a token."""
-        return sorted(self.vocabulary.language_tokens)
+    def name(self) -> str:
+        """Where the parameters come from, as `load` finds them again."""
+        return f"{self.run.path.absolute()}@{self.step}"
 
     def generate(
         self,
@@ -112,6 +112,7 @@ class Session:
         top_k, top_p, no_repeat_ngram, proposer, max_length, seed, …; bad_words and stop: texts that are not written, or
         behind which a result ends; `mlm decode list` names them all. phrases, avoid: as in `ask`.
         choose: how one of n_best results is chosen, as "mbr" or "mbr,utility=bleu" (`mlm.session.choosing`).
+        Against words of other languages than `to`: language_mask=True, and `contrast_to`, see `decode`.
         Raises ValueError for an empty text, a missing language, or one that the model is not told, KeyError for a
         language without a token or an unknown method.
         """
@@ -129,18 +130,20 @@ class Session:
         language_token: str | None = None,
         ids: Sequence[int] | None = None,
         languages: Sequence[int] | None = None,
+        contrast_to: str | None = None,
         choose: "str | Chooser | None" = None,
         **options: Any,
     ) -> list[list[Hypothesis]]:
         """As `generate`, with scores and tokens; with `choose` all results, the chosen one first, with their values.
 
         texts: or what `encode` made of them. ids: numbers of the texts, the source of their randomness. languages: ids
-        of the languages that a language-aware model is to write, where they are not all `to`. phrases, avoid: as in
-        `ask`.
+        of the languages that are to be written, where they are not all `to`. contrast_to: away from what the model
+        would write when told this language, or "none" (contrast="language"; contrast_alpha and contrast_beta say how
+        far). language_mask=True: only tokens of `to`, as the run's training text has them. phrases, avoid:
+        as in `ask`.
         """
-        asked = self.ask(
-            texts, to, method, from_=from_, language_token=language_token, ids=ids, languages=languages, **options
-        )
+        told = {"from_": from_, "language_token": language_token, "contrast_to": contrast_to}
+        asked = self.ask(texts, to, method, ids=ids, languages=languages, **told, **options)
         if choose is not None:
             from mlm.session.choosing import checked, chosen
 
@@ -159,6 +162,7 @@ class Session:
         languages: Sequence[int] | None = None,
         phrases: "Sequence[Sequence[Phrase]] | None" = None,
         avoid: "Sequence[Sequence[Phrase]] | None" = None,
+        contrast_to: str | None = None,
         **options: Any,
     ) -> Asked:
         """What `decode` gives to the model. Raises as it does.
@@ -172,11 +176,17 @@ class Session:
         given = [texts] if isinstance(texts, str) else list(texts)
         encoded = iter(self._encode([t for t in given if isinstance(t, str)], to, frame))
         sources = [(text if isinstance(text, Source) else next(encoded)).tokens for text in given]
-        languages = languages or self._languages(to, len(sources))
+        other = None
+        if contrast_to is not None:
+            options = {"contrast": "language", **options}
+            other = against(self, sources, frame, to, contrast_to, from_=from_, language_token=language_token)
         told = given_phrases(self.vocabulary, phrases, avoid)
-        generator = self.generator(method, options | ({"avoid": True} if "avoid" in told else {}), frame.start)
+        options = options | ({"avoid": True} if "avoid" in told else {})
+        generator = self.generator(method, options, frame.start)
+        by_language = generator.config.language_mask or generator.config.language_bias > 0
+        languages = languages or self._languages(to, len(sources), by_language)
         numbers = range(len(sources)) if ids is None else ids
-        return Asked(self, generator, frame, to, from_, language_token, sources, numbers, languages, told)
+        return Asked(self, generator, frame, to, from_, language_token, sources, numbers, languages, told, other)
 
     def answer(self, asked: Asked) -> list[list[Hypothesis]]:
         """The results of each source, best first."""
@@ -186,9 +196,9 @@ class Session:
             prompts=[asked.frame.prompt] * len(asked.sources) if asked.frame.prompt else None,
             ids=asked.ids,
             languages=asked.languages,
-            given=asked.given,
-            draft=self.draft_params(asked.generator),
-            table=self.table,
+            given={**asked.given, **given(self, asked.generator.config, asked.languages)},
+            against=asked.against,
+            **self.others(asked.generator),
         )
 
         def text(tokens: np.ndarray) -> str:
@@ -233,7 +243,7 @@ class Session:
         temperature: float = 1.0,
     ) -> np.ndarray:
         """log P(target | source) of tokens in their frame, of which the prompt is given and costs nothing; nats."""
-        found = self._scorer(frame.start, temperature)(self.params, sources, targets, languages)
+        found = self._scores(sources, targets, languages, frame.start, temperature)
         return found.totals - found.tokens[:, : len(frame.prompt)].sum(1)
 
     def embed(self, texts: Sequence[str], to: str | None = None) -> np.ndarray:
@@ -340,7 +350,7 @@ class Session:
         languages: ids of the targets' languages, which a language-aware model asks for. start: what the decoder reads
         first, where not the model's own.
         """
-        return self._scorer(start)(self.params, sources, targets, languages).totals
+        return self._scores(sources, targets, languages, start).totals
 
     def evaluate(
         self,
@@ -397,7 +407,11 @@ class Session:
         """
         from mlm.data.languages import LANGUAGES
 
-        nll = partial(self._token_losses, self.params if params is None else params)
+        def nll(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+            if params is not None:
+                return self._token_losses(params, batch)
+            return -mean_probability([-m._token_losses(m.params, batch) for m in (self, *self.ensemble)])
+
         return language_losses(nll, batches, self.spelling, languages=languages or len(LANGUAGES), by=by)
 
     @cached_property
@@ -418,75 +432,17 @@ class Session:
 
         return jax.jit(fresh, out_shardings=placed)(jax.random.key(seed))
 
-    def encode(
-        self,
-        texts: str | Sequence[str],
-        to: str | None = None,
-        *,
-        from_: str | None = None,
-        language_token: str | None = None,
-    ) -> list[Source]:
-        """What the encoder reads for each text: its tokens, among what the template puts around them."""
-        return self._encode([texts] if isinstance(texts, str) else texts, to, self.frame(to, from_, language_token))
-
-    def frame(self, to: str | None = None, from_: str | None = None, language_token: str | None = None) -> Frame:
-        """The tokens around a source, and before what is written. language_token: a name of PLACES; None: the run's."""
-        template = self.template if language_token is None else PLACES[language_token]
-        frame = template.frame(self.vocabulary, to, from_)
-        if self.config.encoder is not None:
-            return frame
-        # A decoder goes on with its source: that does not end, and begins with the start token anyway.
-        return frame._replace(before=[t for t in frame.before if t != self.config.start_token], after=[])
-
-    def room(self, to: str | None = None, from_: str | None = None, language_token: str | None = None) -> int:
-        """Tokens of a text that the model reads, at most."""
-        return self._room(self.frame(to, from_, language_token))
-
-    def lengths(self, texts: Sequence[str], to: str | None = None) -> list[int]:
-        """Tokens of the texts alone. Raises ValueError for an empty one."""
-        return [len(self._tokens(index, "text", text, to)) for index, text in enumerate(texts)]
-
-    def _room(self, frame: Frame) -> int:
-        return self.data["inputs_length"] - len(frame.before) - len(frame.after)
-
-    def _encode(self, texts: Sequence[str], to: str | None, frame: Frame, empty: bool = False) -> list[Source]:
-        room = self._room(frame)
-        sources = []
-        for index, text in enumerate(texts):
-            tokens = self._tokens(index, "text", text, to, empty)
-            sources.append(Source([*frame.before, *tokens[:room], *frame.after], len(tokens) > room))
-        trimmed = [i for i, source in enumerate(sources) if source.trimmed]
-        if trimmed:
-            warnings.warn(
-                f"{len(trimmed)} of {len(sources)} texts are longer than the {self.data['inputs_length']} tokens that "
-                f"the model reads and lose their ends (first: text {trimmed[0]})",
-                stacklevel=3,
-            )
-        return sources
-
-    def _tokens(self, index: int, kind: str, text: str, to: str | None, empty: bool = False) -> list[int]:
-        tokens = self.tokens(text, to)
-        if not tokens and not empty:
-            raise ValueError(f"{kind} {index} is empty: {text!r}")
-        return tokens
-
-    def _languages(self, to: str | None, count: int) -> list[int] | None:
-        """The id of the language to be written, once per text; None where none is named."""
+    def _languages(self, to: str | None, count: int, asked: bool = False) -> list[int] | None:
+        """The id of the language to be written, once per text; None where none is named, or no model asks."""
         from mlm.data.languages import language_id
 
-        return None if to is None or self.config.languages is None else [language_id(to)] * count
+        return [language_id(to)] * count if (asked or self.asks_language) and to is not None else None
 
-    def tokens(self, text: str, to: str | None = None) -> list[int]:
-        """A text's own tokens, cleaned. Without a language special tokens in it are meant as such."""
-        from mlm.data.preprocessors import clean_line
-
-        cleaned = clean_line(text)
-        tokens = self.vocabulary.encode(cleaned) if to is not None else self.vocabulary.encode_prompt(cleaned)
-        return [int(token) for token in tokens]
-
-    def text(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """What tokens spell."""
-        return self.vocabulary.decode([int(token) for token in tokens])
+    @property
+    def asks_language(self) -> bool:
+        """Whether one of its models is language-aware."""
+        models = (self, *self.ensemble, self.draft, self.contrast)
+        return any(model.config.languages for model in models if model)
 
     def generator(self, method: str, options: Mapping[str, Any], start: int | None = None) -> Generator:
         """start: what the decoder reads first, where not the model's own. Raises ValueError for an encoder alone."""
@@ -512,23 +468,31 @@ class Session:
                 config,
                 rows=self.rows,
                 batch_size=self._batch_size,
-                draft=self._drafting(config, start),
+                ensemble=[member._starting_with(start) for member in self.ensemble],
+                draft=self._other("draft", PROPOSERS[config.proposer].drafts, f"proposer={config.proposer!r}", start),
+                contrast=self._other("contrast", config.contrast == "model", "contrast='model'", start),
             )
         return self._generators[config, start]
 
-    def draft_params(self, generator: Generator) -> Params | None:
-        """What the generator takes as `draft`."""
-        return self.draft.params if self.draft and generator.draft else None
+    def others(self, generator: Generator) -> dict[str, Any]:
+        """What the generator asks beside the parameters: those of other models, trigrams; by its names for them."""
+        found = {name: getattr(self, name).params for name in ("draft", "contrast") if getattr(generator, name)}
+        return {**found, "ensemble": [member.params for member in self.ensemble], "table": self.table}
 
-    def _drafting(self, config: DecodeConfig, start: int | None) -> Transformer | None:
-        if not PROPOSERS[config.proposer].drafts:
+    @cached_property
+    def token_counts(self) -> Mapping[int, np.ndarray]:
+        """Language id -> how often each token stands in its training text."""
+        return token_counts(self)
+
+    def _other(self, name: str, asked: bool, by: str, start: int | None) -> Transformer | None:
+        if not asked:
             return None
-        if self.draft is None:
+        if getattr(self, name) is None:
             raise ValueError(
-                f"proposer={config.proposer!r} asks a smaller model: name its run, by draft= where this one is loaded, "
-                "or by --draft in a command"
+                f"{by} asks a smaller model: name its run, by {name}= where this one is loaded, or by --{name} in a "
+                "command"
             )
-        return self.draft._starting_with(start)
+        return getattr(self, name)._starting_with(start)
 
     def _scorer(self, start: int | None = None, temperature: float = 1.0) -> Scorer:
         if (start, temperature) not in self._scorers:
@@ -537,6 +501,21 @@ class Session:
                 model, rows=self.rows, batch_size=self._batch_size, temperature=temperature
             )
         return self._scorers[start, temperature]
+
+    def _scores(
+        self,
+        sources: Sequence,
+        targets: Sequence,
+        languages: Sequence[int] | None,
+        start: int | None = None,
+        temperature: float = 1.0,
+    ) -> Scores:
+        """Of all models together."""
+        if self.ensemble and temperature != 1.0:
+            raise ValueError(f"temperature={temperature}: an ensemble is scored at temperature 1 only")
+        members = (self, *self.ensemble)
+        found = [m._scorer(start, temperature)(m.params, sources, targets, languages) for m in members]
+        return together(found)
 
     def _starting_with(self, start: int | None) -> Transformer:
         if self.config.decoder is None:
@@ -557,5 +536,7 @@ class Session:
             "step": self.step,
             "parameters": self.parameters,
             "quantise": self.quantise,
+            "ensemble": [member.name for member in self.ensemble],
+            "contrasted_with": self.contrast.name if self.contrast else None,
             "vocabulary": self.vocabulary.digest,
         }

@@ -60,14 +60,7 @@ class Trials:
         """Raises ValueError for what the model or its examples cannot be decoded with."""
         start = self._examples[task][0].start  # all of a task begin alike
         clock = _Clock(self._session.beginning(generator, start or None))
-        predictions = Predictions(
-            lambda _: clock,
-            self._session.params,
-            self._session.draft_params(generator),
-            self._session.table,
-            generator.config.stop,
-        )
-        metrics = self._outcome(task, predictions)
+        metrics = self._outcome(task, Predictions(self._session, generator, lambda _: clock))
         return Trial(metrics, len(self._examples[task]), clock.tokens, clock.seconds, clock.passes)
 
     def _outcome(self, task: str, predict: Any) -> dict[str, float | str]:

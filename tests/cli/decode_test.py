@@ -3,7 +3,7 @@
 import json
 
 from mlm.cli import main
-from mlm.decoding.config import METHODS, PHRASES, DecodeConfig
+from mlm.decoding.config import METHODS, DecodeConfig
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
 from mlm.evaluation.hierarchy import RULES
@@ -36,6 +36,7 @@ def test_a_record_says_what_may_be_given_to_what(capsys):
     found = {(r["kind"], r["name"]): r for r in records}
     assert found["processor", "repetition_penalty"]["methods"] == ["greedy", "sample"]
     assert found["processor", "no_repeat_ngram"]["methods"] == list(METHODS)
+    assert found["processor", "dola_layers"]["options"] == {"dola_layers": [], "contrast_alpha": 0.1}
     assert found["proposer", "input_copy"]["options"] == {"guesses": 8}
     assert found["proposer", "mask_block"]["options"] == {"guesses": 8, "mask_token": None}
     assert "Xia et al. 2022" in found["proposer", "mask_block"]["summary"]
@@ -51,7 +52,7 @@ def test_a_record_says_what_may_be_given_to_what(capsys):
     for record in records:
         assert record["summary"]
         if record["kind"] == "method":  # the defaults are the method's own
-            options = record["options"] | dict.fromkeys(PHRASES, ())
+            options = {n: () if value == [] else value for n, value in record["options"].items()}
             needed = {"value": len} if "value" in options else {}
             own = DecodeConfig(method=record["name"], **needed)
             assert DecodeConfig(method=record["name"], **options | needed) == own

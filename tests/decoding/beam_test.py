@@ -181,7 +181,7 @@ def test_memory_does_not_grow_with_vocabulary_times_length(make_tiny):
         config = DecodeConfig(method="beam", beams=beams, max_length=length)
         row = jax.ShapeDtypeStruct((1,), jnp.int32)
         inputs = {"sources": jax.ShapeDtypeStruct((1, 8), jnp.int32), "source_lengths": row, "limits": row, "ids": row}
-        compiled = Generator(tiny.model, config)._run.lower(tiny.params, inputs).compile()
+        compiled = Generator(tiny.model, config)._run.lower((tiny.params,), inputs, None, None, None).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     growth = bytes_needed(64) - bytes_needed(16)

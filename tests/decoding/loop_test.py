@@ -126,11 +126,11 @@ def test_searches_stay_inside_their_shard(tiny, method):
     }
     inputs = jax.device_put(inputs, NamedSharding(mesh, P("data")))
     params = jax.device_put(tiny.params, NamedSharding(mesh, P()))
-    compiled = generator._run.lower(params, inputs).compile()
+    compiled = generator._run.lower((params,), inputs, None, None, None).compile()
     moved = re.findall(r"= (\S+) (all-gather|all-to-all|collective-permute|all-reduce)\(", compiled.as_text())
     assert moved == [("pred[]", "all-reduce")]
     if method not in METHODS and method != "constrained_beam":  # these have tests of their own for this
-        eight, one = compiled(params, inputs), tiny.decode(config, sources)
+        eight, one = compiled((params,), inputs, None, None, None), tiny.decode(config, sources)
         np.testing.assert_array_equal(eight.tokens, one.tokens)
         np.testing.assert_allclose(eight.scores, one.scores, rtol=1e-5)
 

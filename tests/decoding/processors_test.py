@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.ranking import cut, first_max
-from mlm.decoding.state import NEG_INF, State
+from mlm.decoding.state import NEG_INF, Seen, State
 from tests.decoding.ranking_test import longest_message
 
 RANDOM = np.random.default_rng(0)
@@ -254,11 +254,36 @@ def test_what_is_forbidden_is_not_written(tiny, sources):
         assert not begun & set(pairs)
 
 
+def test_tokens_of_a_language():
+    """Each row has its own; what is forbidden stays so, whatever its frequency."""
+    allowed, bias = RANDOM.random((6, 50)) < 0.5, RANDOM.normal(size=(6, 50)).astype(np.float32)
+    now = state()._replace(given={"language_mask": jnp.asarray(allowed), "language_bias": jnp.asarray(bias)})
+    masked = PROCESSORS["language_mask"].make(True)(LOGITS, now)
+    np.testing.assert_array_equal(masked, np.where(allowed, LOGITS, NEG_INF))
+    both = PROCESSORS["language_bias"].make(0.25)(masked, now)
+    np.testing.assert_allclose(both, np.where(allowed, LOGITS + 0.25 * bias, NEG_INF), rtol=1e-6)
+
+
+def test_a_contrast_is_among_what_is_allowed():
+    """log 0.1 = -2.3 below the best: of 4, 3, 2, 1 the last is out; with the best one forbidden, it is in.
+
+    Against 0, 0, 2, -6 and beta = 0.5: 1.5 s - 0.5 s' = 6, 4.5, 2, 4.5.
+    """
+    logits, other = (jnp.array([row] * 6, jnp.float32) for row in ([4, 3, 2, 1], [0, 0, 2, -6]))
+    now = state()._replace(seen=Seen(logits, (other,)))
+    contrast = PROCESSORS["contrast"].make("model", 0.1, 0.5)
+    np.testing.assert_allclose(contrast(logits, now)[0], [6, 4.5, 2, NEG_INF])
+    np.testing.assert_allclose(contrast(logits.at[:, 0].set(NEG_INF), now)[0], [NEG_INF, 4.5, 2, 4.5])
+    with pytest.raises(ValueError, match="nothing to contrast the model with"):
+        contrast(logits, state())
+
+
 def test_every_processor_is_local_to_its_rows():
     """Rows over eight devices: no processor tells one row of another."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     options = {"top_k": 5, "no_repeat_ngram": 2, "bad_words": ((3, 4), (5,)), "min_length": 4, "mirostat": 2.0}
-    made = [kind.make(options.get(name, 0.5)) for name, kind in PROCESSORS.items()]
+    options |= {"language_mask": True, "contrast": "model", "dola_layers": (1,)}
+    made = [kind.make(options.get(name, 0.5), *[0.5] * len(kind.further)) for name, kind in PROCESSORS.items()]
 
     def every(logits, now):
         for process in made:
@@ -266,10 +291,12 @@ def test_every_processor_is_local_to_its_rows():
         return logits
 
     rows = NamedSharding(mesh, P("data"))
-    eight = jax.tree.map(
-        lambda x: jax.device_put(jnp.concatenate([x, x[:2]]), rows),
-        (LOGITS, state(prefixes=PREFIXES)._replace(closing=jnp.ones((6, 1), jnp.int32))),
+    beside = state(prefixes=PREFIXES)._replace(
+        closing=jnp.ones((6, 1), jnp.int32),
+        given={"language_mask": LOGITS > 0, "language_bias": LOGITS},
+        seen=Seen(LOGITS, (LOGITS,)),
     )
+    eight = jax.tree.map(lambda x: jax.device_put(jnp.concatenate([x, x[:2]]), rows), (LOGITS, beside))
     compiled = jax.jit(every).lower(*eight).compile()
     assert not re.findall(r"(all-gather|all-to-all|collective-permute|all-reduce)\(", compiled.as_text())
 

@@ -79,7 +79,5 @@ def test_predictions_of_a_task_lose_their_stop_sequence(session):
     source = session.encode("Good morning", "fr")[0].tokens
     plain = session.generator("greedy", {"max_length": 12})(session.params, [source]).tokens[0, 0].tolist()
     generator = session.generator("greedy", {"max_length": 12, "stop": [tuple(plain[2:4])]})
-    found = Predictions(generator, session.params, stop=generator.config.stop)(
-        [np.array(source)], [np.array([], int)], [0]
-    )
+    found = Predictions(session, generator)([np.array(source)], [np.array([], int)], [(0, 0)])
     assert found[0].tolist() == [*plain[:2], *[0] * 10]
