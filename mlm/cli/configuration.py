@@ -66,6 +66,17 @@ def resolve(files: Sequence[str], overrides: Iterable[str]) -> Resolved:
     return Resolved(gin.config_str(max_line_length=110), tuple(changes))
 
 
+def bound(name: str) -> dict[str, Any]:
+    """The parameters that the configuration sets of what is bound under this name.
+
+    Raises UsageError where it sets anything else.
+    """
+    others = [binding for binding, _ in _values() if binding.rpartition(".")[0] not in (name, "")]
+    if others:
+        raise UsageError(f"{others[0]} is set, where only {name}.NAME = value has a meaning")
+    return dict(gin.get_bindings(name))
+
+
 def find(name: str) -> Path:
     """A gin file: as given, or below the shipped gin folder. Raises UsageError with the nearest shipped files."""
     shipped = gin_path()

@@ -79,8 +79,19 @@ def _records() -> list[dict[str, Any]]:
 
 
 def _print(records: list[dict[str, Any]]) -> None:
+    methods = [record for record in records if record["kind"] == "method"]
+    shared = [name for name in methods[0]["options"] if all(name in method["options"] for method in methods)]
+
+    def _own(record: dict[str, Any]) -> str:
+        return _options({"options": {n: value for n, value in record["options"].items() if n not in shared}})
+
+    def _takers(record: dict[str, Any]) -> str:
+        told = f"{_options(record)}; " if record["options"] else ""
+        every = len(record["methods"]) == len(methods)
+        return f"{told}{'every method' if every else 'methods: ' + ', '.join(record['methods'])}"
+
     kinds = {
-        "method": ("methods: method=NAME, one of", _options),
+        "method": ("methods: method=NAME, one of", _own),
         "processor": ("processors: NAME=VALUE, any of those that the method takes", _takers),
         "proposer": ("proposers: proposer=NAME, one of; the text stays the same", _takers),
         "postprocessor": ("postprocessors: choose=NAME, one of; n_best results, one is kept", _takers),
@@ -91,6 +102,9 @@ def _print(records: list[dict[str, Any]]) -> None:
         for record in (record for record in records if record["kind"] == kind):
             lines = [*textwrap.wrap(record["summary"], WIDTH), *textwrap.wrap(details(record), WIDTH)]
             rows += zip((record["name"], *[""] * len(lines)), lines, strict=False)
+        if kind == "method":
+            each = textwrap.wrap(f"with {', '.join(shared)}", WIDTH)
+            rows += zip(("each", *[""] * len(each)), each, strict=False)
         screen.table(title, ("name", "what it does"), rows)
         print()
 
@@ -98,8 +112,3 @@ def _print(records: list[dict[str, Any]]) -> None:
 def _options(record: dict[str, Any]) -> str:
     told = ", ".join(f"{name}={default!r}" for name, default in record["options"].items())
     return f"with {told}" if told else ""
-
-
-def _takers(record: dict[str, Any]) -> str:
-    told = f"{_options(record)}; " if record["options"] else ""
-    return f"{told}methods: {', '.join(record['methods'])}"

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlm.cli.main import UsageError
@@ -100,8 +100,14 @@ def add_decode_flags(parser: argparse.ArgumentParser) -> None:
     """--method and one flag per option of the search."""
     group = parser.add_argument_group("decoding")
     group.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="options as lines decode.NAME = value; those given here win over the file's",
+    )
+    group.add_argument(
         "--method",
-        default="greedy",
         metavar="NAME",
         help="greedy (default), sample, beam, contrastive_search, …: `mlm decode list` names them all",
     )
@@ -166,7 +172,11 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     """The search as `Session.decode` takes it. Raises UsageError for an unknown method or options that do not fit."""
     from mlm.decoding.config import DecodeConfig
 
-    given = {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
+    filed = _of_gin(flags.gin_file)
+    texts = {name: filed.pop(name) for name in TEXTS if name in filed}
+    given = filed | {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
+    method = flags.method or given.pop("method", "greedy")
+    given.pop("method", None)
     if flags.draft:
         given.setdefault("proposer", "draft_model" if flags.mask_token is None else "mask_block")
     elif flags.ngram_text:
@@ -181,14 +191,26 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.contrast or contrast_to:
         given["contrast"] = "model" if flags.contrast else "language"
     try:
-        DecodeConfig(method=flags.method, **given)
+        DecodeConfig(method=method, **given)
     except (KeyError, ValueError) as error:
         raise UsageError(str(error.args[0])) from error
-    texts = {name: getattr(flags, name) for name in TEXTS if getattr(flags, name)}
+    texts |= {name: getattr(flags, name) for name in TEXTS if getattr(flags, name)}
     for name, values in texts.items():
-        if not all(map(str.strip, values)):
-            raise UsageError(f"--{name}={min(values, key=str.strip)!r} is empty: give a text, or leave it out")
-    return {"method": flags.method, **given, **texts, **({"contrast_to": contrast_to} if contrast_to else {})}
+        if any(isinstance(value, str) and not value.strip() for value in values):
+            raise UsageError(f"--{name}: a text is empty: give one, or leave it out")
+    return {"method": method, **given, **texts, **({"contrast_to": contrast_to} if contrast_to else {})}
+
+
+def _of_gin(files: Sequence[str]) -> dict[str, Any]:
+    """What gin files bind of `decode`. Raises UsageError for anything else in them."""
+    if not files:
+        return {}
+    from mlm.cli import configuration
+    from mlm.decoding.config import DecodeConfig
+
+    configuration.bind("decode", DecodeConfig)
+    configuration.resolve(files, [])
+    return configuration.bound("decode")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -1,9 +1,11 @@
 """`mlm generate "text" --run_dir DIR --to fr`: one text in, decoded text out."""
 
 import argparse
+import json
 import warnings
 
 from mlm.cli import decoding_flags, screen, shot_flags
+from mlm.cli.infer import as_record
 from mlm.cli.main import UsageError
 
 
@@ -13,7 +15,7 @@ def run(arguments: list[str]) -> int:
     if not flags.text.strip():
         raise UsageError("the text is empty")
     options = decoding_flags.decode_options(flags)
-    if bool(flags.phrase) != (flags.method == "constrained_beam"):
+    if bool(flags.phrase) != (options["method"] == "constrained_beam"):
         raise UsageError("--phrase and --method constrained_beam belong together: give both, or neither")
     if flags.phrase:
         options["phrases"] = [flags.phrase]
@@ -30,6 +32,9 @@ def run(arguments: list[str]) -> int:
             screen.say(f"mlm generate: {warning.message}")
     if chooser is not None and not flags.scores:
         found = found[:1]
+    if flags.json:
+        print(json.dumps({"input": flags.text, **as_record(found)}, ensure_ascii=False))
+        return 0
     for hypothesis in found:
         numbers = [hypothesis.score] if hypothesis.value is None else [hypothesis.value, hypothesis.score]
         told = [f"{number:.4f}" for number in numbers] if len(found) > 1 or flags.scores else []
@@ -58,6 +63,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="print the log-probability (nats) before the text; with --choose all results, before it what each is "
         "chosen by",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON record, as `mlm infer` writes them: output, score, alternatives"
     )
     decoding_flags.add_model_flags(parser)
     decoding_flags.add_decode_flags(parser)

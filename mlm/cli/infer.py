@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     options = decoding_flags.decode_options(flags)
     if flags.input != "-" and not Path(flags.input).is_file():
         raise UsageError(f"--input={flags.input} is no file")
-    if (flags.constraints is not None) != (flags.method == "constrained_beam"):
+    if (flags.constraints is not None) != (options["method"] == "constrained_beam"):
         raise UsageError("--constraints and --method constrained_beam belong together: give both, or neither")
     asked = None if flags.constraints is None else _Constraints(Path(flags.constraints), flags.input)
     shots = shot_flags.read_shots(flags)
@@ -86,7 +86,7 @@ def run(arguments: list[str]) -> int:
         rates.tokens += sum(len(best[0].tokens) for best in found if best)
         rates.passes += sum(best[0].passes for best in found if best)
         for place, source, best in zip(places, sources, found, strict=True):
-            results[place] = _result(best) | ({"trimmed": True} if source.trimmed else {})
+            results[place] = as_record(best) | ({"trimmed": True} if source.trimmed else {})
         return results
 
     output, total = Path(flags.output), None if flags.input == "-" else _count(Path(flags.input))
@@ -232,11 +232,12 @@ def _decoded(chunk: list[Record], decode: Decode) -> list[Record]:
     return chunk
 
 
-def _result(best: list[Any]) -> Record:
-    record, *others = [
+def as_record(best: list[Any]) -> Record:
+    """What is said of the results of a text, best first."""
+    first, *others = [
         {"output": h.text, "score": h.score} | ({} if h.value is None else {"value": h.value}) for h in best
     ]
-    return record | ({"alternatives": others} if others else {})
+    return first | ({"alternatives": others} if others else {})
 
 
 def _choice(chooser: Any, session: Any) -> Record:

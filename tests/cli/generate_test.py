@@ -1,5 +1,7 @@
 """`mlm generate`: one text, one answer, one line for an error."""
 
+import json
+
 import pytest
 
 import mlm
@@ -26,6 +28,24 @@ def test_several_results_come_with_their_scores(tiny_run, session, capsys):
     (want,) = session.decode("Hi", "uk", **options)
     lines = capsys.readouterr().out.rstrip("\n")
     assert lines == "\n".join(f"{h.score:.4f}\t{h.text}" for h in want)
+
+
+def test_a_gin_file_says_how_and_flags_win(tiny_run, session, tmp_path, capsys):
+    """The answer as one record of JSON; a file that sets what decoding does not know, or a wrong name, is refused."""
+    path = tmp_path / "search.gin"
+    path.write_text("decode.method = 'beam'\ndecode.beams = 3\ndecode.n_best = 2\ndecode.max_length = 20\n")
+    flags = ["--run_dir", str(tiny_run), "--to", "uk", "--gin_file", str(path), "--max_length", "8", "--json"]
+    assert main(["generate", "Hi", *flags]) == 0
+    first, second = session.decode("Hi", "uk", method="beam", beams=3, n_best=2, max_length=8)[0]
+    assert json.loads(capsys.readouterr().out) == {
+        "input": "Hi",
+        "output": first.text,
+        "score": pytest.approx(first.score, abs=1e-5),
+        "alternatives": [{"output": second.text, "score": pytest.approx(second.score, abs=1e-5)}],
+    }
+    path.write_text("decode.bams = 3\n")
+    assert main(["generate", "Hi", *flags]) == 2
+    assert "decode has no parameter 'bams'; did you mean 'beams'" in capsys.readouterr().err
 
 
 def test_a_chosen_result_stands_alone_or_first_with_its_value(tiny_run, session, capsys):
