@@ -26,7 +26,8 @@ LITERALS = (bool, int, float, str, type(None))
 def bind(name: str, target: Any) -> None:
     """Makes a function or dataclass available to gin files under `name`."""
     if name not in _bound:
-        gin.external_configurable(target, name=name)
+        with gin.unlock_config():  # an earlier configuration of this process may be locked
+            gin.external_configurable(target, name=name)
         _bound[name] = target
 
 

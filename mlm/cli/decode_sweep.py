@@ -24,7 +24,8 @@ from mlm.cli.main import Failed, UsageError
 from mlm.registry import nearest
 
 # What a record was made from and with. Records that differ in one of these are not comparable.
-SAME = ("run", "step", "parameters", "quantise", "draft", "vocabulary", "split", "num_examples", "device", "batch_size")
+SAME = ("run", "step", "parameters", "quantise", "draft", "ensemble", "contrasted_with", "ngram_text", "vocabulary")
+SAME += ("split", "num_examples", "device", "batch_size")
 WRAP = 36  # letters of a setting on a line of a table
 
 Record = dict[str, Any]
@@ -40,6 +41,7 @@ def run(arguments: list[str]) -> int:
 
     flags = _parse(arguments)
     grids, asked, refused = _plan(flags)
+    _check_models(flags, asked)
     session = decoding_flags.open_session(flags)
     tasks = _tasks(session, flags)
     try:
@@ -98,7 +100,8 @@ class _Sweep:
         mesh, draft = session.rows.mesh, session.draft
         self.about: Record = session.about("", flags.split) | {
             "run": str(session.run.path.absolute()),
-            "draft": None if draft is None else str(draft.run.path.absolute()),
+            "draft": None if draft is None else draft.name,
+            "ngram_text": flags.ngram_text,
             "num_examples": flags.num_examples,
             "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
             "batch_size": flags.batch_size,
@@ -200,6 +203,20 @@ def _plan(flags: argparse.Namespace) -> tuple[dict[str, list], list[Any], dict[s
                 raise
             refused[method] = str(error)
     return grids, asked, refused
+
+
+def _check_models(flags: argparse.Namespace, asked: Sequence[Any]) -> None:
+    """Raises UsageError for models and texts that no setting reads."""
+    from mlm.decoding.proposers import PROPOSERS
+
+    guessing = [PROPOSERS[setting.options.get("proposer", "none")] for setting in asked]
+    for flag, read, how in (
+        ("draft", any(kind.drafts for kind in guessing), "proposer=draft_model"),
+        ("ngram_text", any(kind.counts for kind in guessing), "proposer=ngram_table"),
+        ("contrast", any(s.options.get("contrast") == "model" for s in asked), "contrast=model"),
+    ):
+        if getattr(flags, flag) and not read:
+            raise UsageError(f'--{flag} is read by no setting: add one, as --grid "greedy:{how}"')
 
 
 def _tasks(session: Any, flags: argparse.Namespace) -> list[str]:

@@ -171,6 +171,7 @@ def add_contrast_flag(parser: argparse.ArgumentParser) -> None:
 def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     """The search as `Session.decode` takes it. Raises UsageError for an unknown method or options that do not fit."""
     from mlm.decoding.config import DecodeConfig
+    from mlm.decoding.proposers import PROPOSERS
 
     filed = _of_gin(flags.gin_file)
     texts = {name: filed.pop(name) for name in TEXTS if name in filed}
@@ -178,7 +179,8 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     method = flags.method or given.pop("method", "greedy")
     given.pop("method", None)
     if flags.draft:
-        given.setdefault("proposer", "draft_model" if flags.mask_token is None else "mask_block")
+        drafting = "staged" if flags.ngram_text else "draft_model"
+        given.setdefault("proposer", drafting if given.get("mask_token") is None else "mask_block")
     elif flags.ngram_text:
         given.setdefault("proposer", "ngram_table")
     if flags.language_mask:
@@ -191,13 +193,20 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.contrast or contrast_to:
         given["contrast"] = "model" if flags.contrast else "language"
     try:
-        DecodeConfig(method=method, **given)
+        proposer = PROPOSERS[DecodeConfig(method=method, **given).proposer]
     except (KeyError, ValueError) as error:
         raise UsageError(str(error.args[0])) from error
+    for flag, path, reads in (
+        ("draft", flags.draft, proposer.drafts),
+        ("ngram_text", flags.ngram_text, proposer.counts),
+    ):
+        if path and not reads:
+            raise UsageError(f"--{flag}={path} means nothing to --proposer {given['proposer']}: leave one of them out")
     texts |= {name: getattr(flags, name) for name in TEXTS if getattr(flags, name)}
     for name, values in texts.items():
-        if any(isinstance(value, str) and not value.strip() for value in values):
-            raise UsageError(f"--{name}: a text is empty: give one, or leave it out")
+        for value in values:
+            if isinstance(value, str) and not value.strip():
+                raise UsageError(f"--{name}={value!r} is empty: give a text, or leave it out")
     return {"method": method, **given, **texts, **({"contrast_to": contrast_to} if contrast_to else {})}
 
 

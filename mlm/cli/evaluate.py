@@ -13,10 +13,16 @@ from mlm.evaluation.results import combine, numbers, totals
 
 def run(arguments: list[str]) -> int:
     """Evaluates every task in turn; each result is written as soon as it is known."""
+    from mlm.decoding.config import METHODS
+
     flags = _parse(arguments)
     if flags.num_examples is not None and flags.num_examples < 1:
         raise UsageError(f"--num_examples={flags.num_examples} must be at least 1")
     options = decoding_flags.decode_options(flags)
+    if needs := METHODS[options["method"]].needs:
+        raise UsageError(
+            f"--method={options['method']} needs {needs}, which no task has: try `mlm generate` or `infer`"
+        )
     session = decoding_flags.open_session(flags)
     names = [name.strip() for name in flags.tasks.split(",") if name.strip()] if flags.tasks else [flags.mixture]
     tasks = named_tasks(session, names, flags.split)

@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
     for warning in caught:
         if warning.category is UserWarning:
             screen.say(f"mlm generate: {warning.message}")
-    if chooser is not None and not flags.scores:
+    if chooser is not None and not flags.scores and not flags.json:
         found = found[:1]
     if flags.json:
         print(json.dumps({"input": flags.text, **as_record(found)}, ensure_ascii=False))

@@ -64,6 +64,10 @@ def run(arguments: list[str]) -> int:
 
     from mlm.session.phrases import held  # TensorFlow loads behind what is said of the flags
 
+    try:
+        session.answer(session.ask((), **languages, **options, **({} if asked is None else {"phrases": ()})))
+    except (KeyError, ValueError) as error:  # what no line can be decoded with, before anything is written
+        raise UsageError(str(error.args[0])) from error
     rates = Rates()
 
     def decode(numbers: list[int], texts: list[str]) -> list[Record]:
@@ -79,12 +83,14 @@ def run(arguments: list[str]) -> int:
                 places.append(place)
             except ValueError as error:
                 results[place] = {"error": str(error)}
+        if not sources:
+            return results
         # The line's number is the source of its randomness, so that a resumed run draws what the first one would have.
         ids = [numbers[place] for place in places]
         told = {} if asked is None else {"phrases": phrases}
         found = session.decode(sources, **languages, ids=ids, choose=chooser, **told, **options)
-        rates.tokens += sum(len(best[0].tokens) for best in found if best)
-        rates.passes += sum(best[0].passes for best in found if best)
+        rates.tokens += sum(len(best[0].tokens) - best[0].given for best in found)
+        rates.passes += sum(best[0].passes for best in found)
         for place, source, best in zip(places, sources, found, strict=True):
             results[place] = as_record(best) | ({"trimmed": True} if source.trimmed else {})
         return results

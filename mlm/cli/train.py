@@ -313,7 +313,8 @@ def _check_warmup(plan: Plan) -> None:
     if bare and plan.initial is None and float(plan.schedule(0)) >= float(plan.schedule(1)):
         raise ValueError(
             f"{', '.join(bare)}: norms after each residual, without DeepNorm's constants, need a learning rate that "
-            "warms up, and this schedule does not rise: set schedule.warmup_steps (4,000 in Vaswani et al. 2017)"
+            "warms up, and this schedule does not rise: take schedule.name='inverse_sqrt_warmup' with "
+            "schedule.warmup_steps=4000 (Vaswani et al. 2017)"
         )
 
 

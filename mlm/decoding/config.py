@@ -20,13 +20,14 @@ from mlm.registry import Registry
 
 class Method(NamedTuple):
     """One way to choose tokens: its selector, the options of `DecodeConfig` that mean something to it, and those of
-    them whose default is a method's own.
+    them whose default is a method's own. needs: what it is told of each text, or cannot do without.
     """
 
     selector: Callable[["DecodeConfig"], Selector]
     options: tuple[str, ...]
     summary: str
     defaults: Mapping[str, Any] = MappingProxyType({})
+    needs: str = ""
 
 
 T = TypeVar("T")
@@ -62,11 +63,13 @@ METHODS: Registry[Method] = Registry(
         lambda c: ConstrainedBeam(c.beams, c.alpha, c.n_best),
         ("n_best", "beams", "alpha"),
         "beam search for texts that hold phrases given of each example; beams=20 is usual (Post & Vilar 2018)",
+        needs="phrases of each text",
     ),
     value_guided_beam=Method(
         lambda c: ValueGuidedBeam(cast(Value, c.value), c.likelihood, c.valued, c.beams, c.alpha, c.n_best),
         ("n_best", "beams", "alpha", "value", "likelihood", "valued"),
         "beam search by likelihood and a function's value of every beginning (Josifoski et al. 2022)",
+        needs="a function, which Python alone can give",
     ),
     contrastive_search=Method(
         lambda c: ContrastiveSearch(_told(c.penalty_alpha), c.candidates),
@@ -113,7 +116,7 @@ class DecodeConfig:
 
     method: str = "greedy"
     max_length: int = 128
-    min_length: int = 0  # EOS is not chosen before it would be this token
+    min_length: int = 0  # EOS is not chosen before it would be this token; a stop sequence may end a text earlier
     n_best: int = 1  # results per example; sample: that many draws, beams: at most `beams`
     beams: int = 4
     groups: int = 2  # diverse_beam: parts of `beams`, each a search
@@ -207,7 +210,8 @@ class DecodeConfig:
 
     def plain(self) -> dict[str, Any]:
         """For JSON: a function by its name."""
-        return {name: getattr(value, "__qualname__", value) for name, value in dataclasses.asdict(self).items()}
+        told = dataclasses.asdict(self)
+        return told | {n: getattr(v, "__qualname__", repr(v)) for n, v in told.items() if callable(v)}
 
     def _check_contrasts(self) -> None:
         layers = self.dola_layers

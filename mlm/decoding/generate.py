@@ -10,14 +10,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from mlm.decoding.buckets import Ints, TokenLists, batches, bucket, check_tokens, fill, pad, shards, target_languages
-from mlm.decoding.config import PHRASES, DecodeConfig
+from mlm.decoding.config import METHODS, PHRASES, DecodeConfig
 from mlm.decoding.loop import NOTHING, decode
 from mlm.decoding.members import Opened, averaged, contrasted, told
 from mlm.decoding.ngrams import Trigrams
 from mlm.decoding.phrases import check_given
 from mlm.decoding.proposers import PROPOSERS, Inputs
 from mlm.decoding.ranking import cut
-from mlm.decoding.state import NEG_INF, Decoded, Read, Seen
+from mlm.decoding.state import NEG_INF, Decoded, Proposer, Read, Seen
+from mlm.models.specs import RecurrentSpec
 from mlm.models.transformer import Transformer
 from mlm.models.tree import Tree
 from mlm.types import EOS_ID, PAD_ID, Params, PyTree
@@ -133,13 +134,15 @@ class Generator:
         sources, prompts, languages, _ = reading
         count, vocab = len(sources), self.model.config.vocab_size
         check_tokens("source", sources, vocab)
+        if reading.start is not None:
+            check_tokens("start", [[reading.start]], vocab)
         if prompts is not None:
             if len(prompts) != count:
                 raise ValueError(f"{len(prompts)} prompts for {count} sources: give one per source")
             check_tokens("prompt", [p for p in prompts if len(p)], vocab)
         if self.model.config.encoder is None:
-            told = [[]] * count if prompts is None else prompts
-            sources, prompts = [[EOS_ID]] * count, [[*s, *p] for s, p in zip(sources, told, strict=True)]
+            beginnings = [[]] * count if prompts is None else prompts
+            sources, prompts = [[EOS_ID]] * count, [[*s, *p] for s, p in zip(sources, beginnings, strict=True)]
         models = (self.model, *self.ensemble, self.draft, self.contrast)
         known = [model.config.languages for model in models if model and model.config.languages]
         return reading._replace(
@@ -167,6 +170,9 @@ class Generator:
 
     def _check_given(self, given: Mapping[str, np.ndarray], count: int) -> None:
         shape = (count, self.model.config.vocab_size)
+        masks = [name for name in ("language_mask", "language_bias") if getattr(self.config, name)]
+        if unread := sorted(set(given) - {"phrases", "avoid", *masks}):
+            raise ValueError(f"given holds {unread}, which nothing in this config reads")
         for name in ("language_mask", "language_bias"):
             if not getattr(self.config, name):
                 continue
@@ -198,10 +204,10 @@ class Generator:
         if reading.languages is not None:
             inputs["languages"] = fill(np.asarray(reading.languages)[chosen], rows, 0)
         if reading.prompts is not None and any(len(reading.prompts[i]) for i in chosen):
-            told = [reading.prompts[i] for i in chosen]
-            longest = min(bucket(max(map(len, told)), 1), self.config.max_length)
-            inputs["prompts"] = pad(told, rows, longest)
-            inputs["prompt_lengths"] = fill([len(p) for p in told], rows, 0)
+            beginnings = [reading.prompts[i] for i in chosen]
+            longest = min(bucket(max(map(len, beginnings)), 1), self.config.max_length)
+            inputs["prompts"] = pad(beginnings, rows, longest)
+            inputs["prompt_lengths"] = fill([len(p) for p in beginnings], rows, 0)
         return inputs
 
     def _decode(
@@ -310,6 +316,7 @@ def _check_models(
         if other is not None:
             _check_pair(model, other, f"the {name} model")
     _check_layers(model, config.dola_layers, members)
+    _check_shapes(model, config, draft, [other for _, other in named if other is not None])
 
 
 def _check_pair(model: Transformer, other: Transformer, name: str) -> None:
@@ -333,3 +340,25 @@ def _check_layers(model: Transformer, layers: tuple[int, ...], members: Sequence
             f"dola_layers={layers}: the decoder has {decoder.layers} layers, so the numbers must be below it (0: what "
             "enters the first one)"
         )
+
+
+def _check_shapes(
+    model: Transformer, config: DecodeConfig, draft: Transformer | None, others: Sequence[Transformer]
+) -> None:
+    """Raises ValueError for guesses and candidates that these models cannot read or give."""
+    selector = config.selector()
+    branching = config.branches > 1 or (isinstance(selector, Proposer) and not selector.tree.is_chain)
+    for each in (model, *others) if branching else ():
+        if not each.config.stacks()["decoder"].branches():
+            raise ValueError(
+                "a decoder with recurrent units, or whose positions are read as digits, takes chains of guesses only: "
+                f"with it, branches={config.branches} must be 1, and method={config.method!r} one that looks at one "
+                "token at a time"
+            )
+    if "candidates" in METHODS[config.method].options and config.candidates > model.config.vocab_size:
+        raise ValueError(f"candidates={config.candidates} of a vocabulary of {model.config.vocab_size} ids")
+    if config.proposer == "input_copy" and model.config.encoder is None:
+        raise ValueError("proposer='input_copy' copies what an encoder reads; a decoder alone takes 'ngram_table'")
+    drafting = () if draft is None else draft.config.stacks()["decoder"].sublayers()
+    if config.mask_token is not None and any(isinstance(spec, RecurrentSpec) for spec in drafting):
+        raise ValueError("proposer='mask_block': a recurrent drafter cannot see its masks both ways")

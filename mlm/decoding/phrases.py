@@ -73,8 +73,16 @@ def check_given(config: "DecodeConfig", given: Mapping[str, np.ndarray], rooms: 
         avoid = lists(given["avoid"][index]) if config.avoid else []
         try:
             check_phrases(lists(table), int(rooms[index]), config, avoid)
+            if "language_mask" in given:
+                check_allowed(lists(table), given["language_mask"][index])
         except ValueError as error:
             raise ValueError(f"source {index}: {error}") from None
+
+
+def check_allowed(phrases: TokenLists, allowed: np.ndarray) -> None:
+    """Raises ValueError for phrases that hold a token which the mask of their language forbids."""
+    if ruled_out := [int(token) for phrase in phrases for token in phrase if not allowed[token]]:
+        raise ValueError(f"its phrases hold tokens {ruled_out}, which language_mask rules out: drop one of the two")
 
 
 def stop_size(tokens: Ints, stop: TokenLists) -> int:

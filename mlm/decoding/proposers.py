@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from mlm.decoding.growth import advance, along
 from mlm.decoding.ngrams import Trigrams, successors
-from mlm.decoding.state import NEG_INF, Extend, Proposer, State, Step, newest, shifted
+from mlm.decoding.state import NEG_INF, Extend, Proposer, State, Step, newest, shifted, written
 from mlm.models.tree import Tree, best_first, chain
 from mlm.registry import Registry
 from mlm.types import PAD_ID, PyTree
@@ -110,11 +110,12 @@ class NGramTable(NoGuesses):
         return self.shape
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
-        written = jnp.arange(state.tokens.shape[1])[None] < state.length[:, None]
         known = jnp.arange(self.sources.shape[1])[None] < self.lengths[:, None]
         # A gap of one place, so that nothing follows the source's end.
         gap = jnp.full((state.length.size, 1), -1)
-        text = jnp.concatenate([jnp.where(known, self.sources, -1), gap, jnp.where(written, state.tokens, -1)], axis=1)
+        text = jnp.concatenate(
+            [jnp.where(known, self.sources, -1), gap, jnp.where(written(state), state.tokens, -1)], axis=1
+        )
         nodes = [state.pending]
         before = [jnp.where(state.length > 1, newest(state, 2), PAD_ID)]
         for node, children in enumerate(self.tree.children):
@@ -147,8 +148,7 @@ class DraftModel(NoGuesses):
         return chain(self.width)
 
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
-        cache = self.cache if read is None else self.step(read, self.cache)[1]
-        return {**cache, "length": cache["length"] + length}, self.inner.begin(read, length)
+        return _begun(self.step, self.cache, read, length), self.inner.begin(read, length)
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
         # One token more than guesses: the last guess, too, must be in the draft's cache should it be right.
@@ -187,7 +187,7 @@ class DraftTree(NoGuesses):
         return self.shape
 
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
-        return DraftModel(self.step, self.cache).begin(read, length)[0]
+        return _begun(self.step, self.cache, read, length)
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
         tree, cache, rows = self.tree, state.proposal, jnp.arange(state.length.size)
@@ -232,7 +232,7 @@ class MaskBlock(NoGuesses):
         return chain(self.width)
 
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
-        return DraftModel(self.step, self.cache).begin(read, length)[0]
+        return _begun(self.step, self.cache, read, length)
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
         cache, newest_at = state.proposal, state.length[:, None]  # what the decoder reads is shifted right by one
@@ -248,6 +248,12 @@ class MaskBlock(NoGuesses):
         return guesses, {**cache, "length": state.length + 1}
 
 
+def _begun(step: Step, cache: PyTree, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
+    """The draft's cache after the prompts."""
+    cache = cache if read is None else step(read, cache)[1]
+    return {**cache, "length": cache["length"] + length}
+
+
 class Kind(NamedTuple):
     """How a proposer is made of a batch's inputs, of guesses and branches, and what it does, in a line."""
 
@@ -256,6 +262,7 @@ class Kind(NamedTuple):
     blocks: int = 1  # blocks of guesses that may stand in the cache behind the longest row
     options: tuple[str, ...] = ("guesses",)  # of `DecodeConfig`, that it reads
     drafts: bool = False  # whether it asks a smaller model
+    counts: bool = False  # whether it looks up the trigrams of a text
 
 
 def _ngram_table(inputs: Inputs, guesses: int, branches: int) -> NGramTable:
@@ -292,6 +299,7 @@ PROPOSERS: Registry[Kind] = Registry(
         _ngram_table,
         "what followed the last two tokens before: in a text, the source, the row itself (Liu et al. 2024)",
         options=_TREE,
+        counts=True,
     ),
     draft_model=Kind(
         _draft_model, "what a smaller model would write (Leviathan et al. 2023)", options=_TREE, drafts=True
@@ -309,5 +317,6 @@ PROPOSERS: Registry[Kind] = Registry(
         blocks=2,
         options=_TREE,
         drafts=True,
+        counts=True,
     ),
 )

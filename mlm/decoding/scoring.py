@@ -49,6 +49,8 @@ class Scorer:
         chunk: int = 512,
         temperature: float = 1.0,
     ):
+        if not temperature > 0 or chunk < 1:
+            raise ValueError(f"temperature={temperature} must be above 0, and chunk={chunk} tokens at least 1")
         self.model = model
         self._temperature = temperature
         self.compilations = 0  # shapes seen so far; each costs seconds once
@@ -68,16 +70,20 @@ class Scorer:
         """
         if len(sources) != len(targets):
             raise ValueError(f"{len(sources)} sources but {len(targets)} targets: give one target per source")
-        check_tokens("source", sources, self.model.config.vocab_size)
+        alone = self.model.config.encoder is None  # where an empty source asks for the target itself
+        check_tokens("source", [s for s in sources if len(s) or not alone], self.model.config.vocab_size)
         check_tokens("target", targets, self.model.config.vocab_size)
         to = target_languages(languages, len(sources), self.model.config.languages)
-        alone = self.model.config.encoder is None
         read = [[]] * len(sources) if alone else sources
         told = [[*s, *t] for s, t in zip(sources, targets, strict=True)] if alone else targets
         lengths = np.array([len(t) for t in targets], np.int32)
         scores = np.zeros((len(targets), int(lengths.max(initial=0))), np.float32)
         width, length = (bucket(max(map(len, sequences), default=1)) for sequences in (read, told))
-        rows = packed(read, told, (width, length) if self._packs else (0, 0))
+        if self._packs:
+            rows = packed(read, told, (width, length))
+        else:
+            sizes = [len(s) + len(t) for s, t in zip(read, told, strict=True)]
+            rows = [[Piece(int(i), 0, 0)] for i in np.argsort(-np.array(sizes), kind="stable")]
         for start in range(0, len(rows), self._batch_size):
             batch = rows[start : start + self._batch_size]
             count = min(bucket(-(-len(batch) // self._shards), 1) * self._shards, self._batch_size)
@@ -134,18 +140,15 @@ def _scores(tokens: Float[np.ndarray, "N T"], lengths: Int[np.ndarray, "N"]) -> 
 
 
 def packed(sources: TokenLists, targets: TokenLists, widths: tuple[int, int]) -> list[list[Piece]]:
-    """Rows of the widths, filled longest example first, each into the first row that has room for it; an example that
-    fits into none, nor into an empty one, has a row to itself.
-    """
+    """Rows of the widths, filled longest example first, each into the first row that has room for it."""
     sizes = np.array([(len(s), len(t)) for s, t in zip(sources, targets, strict=True)], np.int32).reshape(-1, 2)
     rows: list[list[Piece]] = []
-    used = np.zeros((0, 2), np.int32)
+    used = np.zeros_like(sizes)  # of as many rows as there may be
     for index in np.argsort(-sizes.sum(1), kind="stable"):
-        fits = np.flatnonzero((used + sizes[index] <= widths).all(1))
-        if not fits.size:
+        fits = np.flatnonzero((used[: len(rows)] + sizes[index] <= widths).all(1))
+        place = int(fits[0]) if fits.size else len(rows)
+        if place == len(rows):
             rows.append([])
-            used = np.concatenate([used, np.zeros((1, 2), np.int32)])
-        place = fits[0] if fits.size else len(rows) - 1
         rows[place].append(Piece(int(index), *map(int, used[place])))
         used[place] += sizes[index]
     return rows

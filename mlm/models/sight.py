@@ -67,7 +67,7 @@ class Sight:
         if self.tree is not None:
             mask = mask & self._ancestry(self.tree)
         if self.ring:
-            mask = mask & (self._keys() >= 0)[:, None]
+            mask = mask & (self.keys() >= 0)[:, None]
         if self.order is not None:
             mask = mask & self.order.mask()
         return mask[:, None]
@@ -77,13 +77,13 @@ class Sight:
         sight = replace(self, shape=(self.shape[0], slots), ring=True)
         if self.prefix is None:
             return sight
-        place = sight._keys() - jnp.asarray(self.start)[:, None]
+        place = sight.keys() - jnp.asarray(self.start)[:, None]
         queries = self.prefix[0]
         flags = jnp.take_along_axis(queries, jnp.clip(place, 0, self.shape[0] - 1), axis=1)
         return replace(sight, prefix=(queries, flags & (place >= 0)))
 
     def _ancestry(self, tree: Tree) -> Bool[Array, "R T S"]:
-        node = self._keys() - jnp.asarray(self.start)[:, None]
+        node = self.keys() - jnp.asarray(self.start)[:, None]
         related = jnp.asarray(tree.ancestors)[:, jnp.clip(node, 0, tree.size - 1)]
         return (node < 0)[:, None] | (jnp.moveaxis(related, 0, 1) & (node < tree.size)[:, None])
 
@@ -119,13 +119,13 @@ class Sight:
         """Places of queries and keys."""
         if self.order is not None:
             return self.order.positions, self.order.positions
-        start, keys = jnp.asarray(self.start)[..., None], self._keys()
+        start, keys = jnp.asarray(self.start)[..., None], self.keys()
         if self.tree is None:
             return start + jnp.arange(self.shape[0]), keys
         node = jnp.clip(keys - start, 0, self.tree.size - 1)
         return start + self.tree.depth, jnp.where(keys < start, keys, start + jnp.asarray(self.tree.depth)[node])
 
-    def _keys(self) -> Int[Array, "*_ S"]:
+    def keys(self) -> Int[Array, "*_ S"]:
         """Index of every key in its row; of a ring, that of the last one written to its slot by the block's end."""
         slots = jnp.arange(self.shape[1])
         if not self.ring:

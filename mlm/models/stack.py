@@ -147,7 +147,7 @@ class Stack:
             check_any_order(config)
             path, positions = PATHS["plain"], order.positions
             own = replace(own, causal=None, order=order)
-        reading = self._read(frame, length, its.rate, key)
+        reading = self._read(frame, length if order is None else length // 2, its.rate, key)
         view = View(
             own=own if prefix is None else replace(own, prefix=(prefix, prefix)),
             positions=positions,
@@ -207,14 +207,21 @@ class Stack:
         x = frame.final_norm(x, its.target_languages) if config.final_norm else x
         return dropout(x, its.rate, None if keys is None else keys[1]), _by_depth(notes, rest_notes)
 
-    def _rings(self, params: Params, own: tuple[PyTree, ...]) -> dict[int, int]:
-        """window -> slots that the layers with such a window have."""
+    def _rings(self, params: Params, own: tuple[PyTree, ...], block: int) -> dict[int, int]:
+        """window -> slots that the layers with such a window have. Raises ValueError for a block that is too long."""
         found = {}
         for layer, slots in zip(self.layer_list(params), own, strict=True):
             for name in slots:
                 window = getattr(getattr(layer, name).spec, "window", None)
                 if window is not None:
                     found[window] = slots[name]["key"].shape[2]
+        whole = max(leaf.shape[2] for leaf in jax.tree.leaves(own))
+        for window, ring in found.items():
+            if block > ring or (ring < whole and block > ring - window + 1):
+                raise ValueError(
+                    f"a block of {block} tokens, where the ring of a window of {window} has {ring} slots: it takes "
+                    f"blocks of {max(1, ring - window + 1)}; make the cache with init_cache(block={block})"
+                )
         return found
 
     def read_positions(self, params: Params, length: int) -> Reading | None:
@@ -319,7 +326,7 @@ class Stack:
             ),
             specs=config.attentions(),
             table=frame.position[...] if config.shared_table() else None,
-            rings=self._rings(params, cache["self"]),
+            rings=self._rings(params, cache["self"], block),
             attend=attend,  # a block against its cache is small: what plain attention makes of it is Q x M
             draws=True,
             spelled=bias(cache["positions"].query[at], cache["positions"].key) if config.seqpe() else None,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mlm.models.sight import Drawn, Sight
-from mlm.models.specs import AttentionSpec
+from mlm.models.specs import AttentionSpec, PositionSpec
 from mlm.types import PyTree, SourceHidden
 
 NO_RINGS: Mapping[int, int] = MappingProxyType({})
@@ -53,9 +53,10 @@ class View:
                 continue
             if spec.window not in self._masks:
                 self._masks[spec.window] = self._sight(spec, table).mask()
-            if spec.position.table() != "layer" and (spec.position, spec.heads) not in self._biases:
+            if spec.position.table() != "layer" and self._shared(spec) not in self._biases:
                 seqpe = spec.position.kind == "seqpe"
-                self._biases[spec.position, spec.heads] = spelled if seqpe else self._sight(spec, table).bias()
+                bias = self._on_ring(spec, spelled) if seqpe else self._sight(spec, table).bias()
+                self._biases[self._shared(spec)] = bias
 
     def sight(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None = None) -> Sight | Drawn:
         """How queries see the keys of their own stack. table: the layer's own, where it has one."""
@@ -64,7 +65,7 @@ class View:
             return sight
         return Drawn(
             self._masks[spec.window],
-            self._biases[spec.position, spec.heads] if table is None else sight.bias(),
+            self._biases[self._shared(spec)] if table is None else sight.bias(),
         )
 
     def memory_sight(self) -> Sight | Drawn:
@@ -84,8 +85,23 @@ class View:
 
     def _sight(self, spec: AttentionSpec, table: Float[Array, "H buckets"] | None) -> Sight:
         sight = replace(self.own, window=spec.window, position=spec.position, heads=spec.heads, table=table)
-        ring = None if spec.window is None else self._rings.get(spec.window)
+        ring = self._ring(spec)
         return sight if ring is None else sight.on_ring(ring)
+
+    def _ring(self, spec: AttentionSpec) -> int | None:
+        return None if spec.window is None else self._rings.get(spec.window)
+
+    def _shared(self, spec: AttentionSpec) -> tuple[PositionSpec, int, int | None]:
+        """What layers must have in common to share a bias; keys on a ring are others than those of the whole row."""
+        return spec.position, spec.heads, self._ring(spec)
+
+    def _on_ring(self, spec: AttentionSpec, bias: Float[Array, "_ H T M"] | None) -> Float[Array, "_ H T S"] | None:
+        """Of the biases to all slots those to the keys that the ring holds."""
+        ring = self._ring(spec)
+        if bias is None or ring is None:
+            return bias
+        keys = jnp.maximum(self.own.on_ring(ring).keys(), 0)  # those that are not there yet are masked anyway
+        return jnp.take_along_axis(bias, keys[:, None, None, :], axis=3)
 
 
 def slots_of(flags: Bool[Array, "R Q"], start: Int[Array, "R"], slots: int) -> Bool[Array, "R M"]:

@@ -29,8 +29,10 @@ class AnyOrder:
     warmup: int = 5000
 
     def __post_init__(self):
-        if self.mask_token < 0:
-            raise ValueError(f"AnyOrder.mask_token={self.mask_token} must be the id of a token, 0 or more")
+        if self.mask_token < 1:
+            raise ValueError(
+                f"AnyOrder.mask_token={self.mask_token} must be the id of a token, 1 or more: 0 is padding"
+            )
         if not (0.0 < self.first <= 1.0 and 0.0 < self.low <= self.high <= 1.0):
             raise ValueError(
                 f"AnyOrder: first={self.first}, low={self.low} and high={self.high} are shares of masked targets: "

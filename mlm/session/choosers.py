@@ -319,7 +319,8 @@ def result_log_probs(asked: Asked, found: Results, temperature: float = 1.0) -> 
     counts = [len(results) for results in found]
     sources = [source for source, count in zip(asked.sources, counts, strict=True) for _ in range(count)]
     languages = None if asked.languages is None else np.repeat(asked.languages, counts).tolist()
-    targets = [result.tokens for results in found for result in results]
+    sizes = [skip - len(asked.frame.prompt) for skip in asked.skips]  # of the source that a decoder alone begins with
+    targets = [result.tokens[size:] for size, results in zip(sizes, found, strict=True) for result in results]
     return asked.session.log_probs(asked.frame, sources, targets, languages, temperature).astype(np.float64)
 
 

@@ -18,7 +18,7 @@ from mlm.decoding.phrases import stop_size
 from mlm.decoding.state import Decoded
 from mlm.evaluation.language_loss import LanguageLosses
 from mlm.evaluation.results import LanguageTable, language_table, totals
-from mlm.session.language_control import given
+from mlm.session.language_control import by_language
 from mlm.session.session import Session
 from mlm.types import PAD_ID
 
@@ -37,13 +37,13 @@ def evaluate_each(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(task, result) in order: metrics, loss and bits per byte by language, how it was decoded, a few samples."""
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
+    if any(map(predicts, tasks)):
+        check_sources_are_read(session)
     read = partial(read_examples, tasks, session.vocabulary, lengths, split, num_examples)
     for group in _groups(read(template=session.own_template)):
         tables = _tables(session, group, lengths)
         predictions = Predictions(session, generator)
         asked = [example for name, examples in group.items() if predicts(name) for example in examples]
-        if asked:
-            check_sources_are_read(session)
         begins = partial(forced_beginning, vocabulary=session.vocabulary)
         predictions.learn([e.inputs for e in asked], [begins(e.targets) for e in asked], list(map(told, asked)))
         for name, examples in group.items():
@@ -115,7 +115,7 @@ class Predictions:
                 prompts=[prompt for _, prompt in alike.values()],
                 ids=[zlib.crc32(b"|".join(key)) & 0x7FFFFFFF for _, key in alike],
                 languages=languages,
-                given=given(self._session, self._config, languages),
+                given=by_language(self._session, self._config, languages),
                 **self._others,
             )
             for row, length, (_, prompt) in zip(found.tokens[:, 0], found.lengths[:, 0], alike.values(), strict=True):

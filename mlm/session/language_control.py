@@ -75,7 +75,7 @@ def allowed_tokens(
     return allowed
 
 
-def given(session: "Session", config: DecodeConfig, languages: Sequence[int] | None) -> dict[str, np.ndarray]:
+def by_language(session: "Session", config: DecodeConfig, languages: Sequence[int] | None) -> dict[str, np.ndarray]:
     """What the generator reads of each text's language: "language_mask" and "language_bias" [N, V], those asked for.
 
     Raises ValueError where no language is named, or one that the training text does not have.
@@ -98,7 +98,8 @@ def given(session: "Session", config: DecodeConfig, languages: Sequence[int] | N
         "language_bias": lambda language: unigram_log_probs(counts[language], whole).astype(np.float32),
     }
     met, place = np.unique(languages, return_inverse=True)
-    found = {name: np.stack([tables[name](int(language)) for language in met]) for name in asked}
+    size = session.config.vocab_size
+    found = {name: np.array([tables[name](int(n)) for n in met]).reshape(-1, size) for name in asked}
     if len(met) == 1:  # a view: a row for every text would be large
         return {name: np.broadcast_to(table[0], (len(place), table.shape[1])) for name, table in found.items()}
     return {name: table[place] for name, table in found.items()}
@@ -130,7 +131,8 @@ def _counted(session: "Session") -> Counts:
     lengths = Lengths(session.data["inputs_length"], session.data["targets_length"])
     found: dict[int, np.ndarray] = {}
     tasks = session.tasks(split="train")
-    for _, examples in read_examples(tasks, session.vocabulary, lengths, "train", EXAMPLES):
+    read = read_examples(tasks, session.vocabulary, lengths, "train", EXAMPLES, template=session.own_template)
+    for _, examples in read:
         texts: dict[int, list[np.ndarray]] = {}
         for example in examples:
             texts.setdefault(example.inputs_language, []).append(example.inputs)
@@ -138,6 +140,9 @@ def _counted(session: "Session") -> Counts:
         for language, tokens in texts.items():
             counts = np.bincount(np.concatenate(tokens), minlength=session.config.vocab_size)
             found[language] = found.get(language, 0) + counts
+    tags = list(session.vocabulary.language_tokens.values())  # which stand before texts of any language
+    for counts in found.values():
+        counts[tags] = 0
     return {language: found[language] for language in sorted(found) if language}
 
 

@@ -50,13 +50,16 @@ def load(
     "int8" or "int4", how the matrices of the layers are kept (`mlm.models.quantisation`). ngram_text: file of text like
     that to be written, a line for each, whose trigrams guess ahead (proposer="ngram_table").
     Other run directories of the same vocabulary, each with its latest checkpoint or, as "runs/small@2000", another
-    one. draft: a smaller model, which guesses ahead (proposer="draft_model"). ensemble: models that are one with this
-    one from here on. contrast: a weaker model, whose faults are to be avoided (contrast="model").
+    one, as they are kept: quantise and parameters are of the first alone. draft: a smaller model, which guesses ahead
+    (proposer="draft_model"). ensemble: models that are one with this one from here on. contrast: a weaker model, whose
+    faults are to be avoided (contrast="model").
     Raises CheckpointError for a directory without a run or checkpoint, ValueError naming both hashes when the
     vocabulary is not the one that the model was trained with.
     """
     if parameters not in PARAMETERS:
         raise ValueError(f"parameters={parameters!r} is not one of {PARAMETERS}; {nearest(parameters, PARAMETERS)}")
+    if isinstance(ensemble, str | os.PathLike):
+        raise ValueError(f"ensemble={str(ensemble)!r} must be a list of runs: ensemble=[{str(ensemble)!r}]")
     if quantise is not None:
         check_choice("load", "quantise", quantise, tuple(BITS))
     run = RunDirectory(run_dir)
@@ -77,6 +80,8 @@ def load(
                     f"the {name} model {other} has a table of {size} rows and the model one of {config.vocab_size}; "
                     "models that decode together need equally many"
                 )
+
+    table = None if ngram_text is None else _table(ngram_text, vocabulary)
 
     grid = make_mesh(mesh or MeshConfig(), devices)
     model = Transformer(config, MeshPlacement(grid))
@@ -111,7 +116,7 @@ def load(
         draft=None if draft is None else opened(draft),
         ensemble=[opened(member) for member in ensemble],
         contrast=None if contrast is None else opened(contrast),
-        table=None if ngram_text is None else _table(ngram_text, vocabulary),
+        table=table,
         rows=batch_sharding(grid),
         batch_size=batch_size,
     )

@@ -7,7 +7,8 @@ import numpy as np
 
 from mlm.data.preprocessors import clean_line
 from mlm.decoding.buckets import Ints
-from mlm.decoding.phrases import avoided, check_phrases, constraints
+from mlm.decoding.phrases import avoided, check_allowed, check_phrases, constraints
+from mlm.session.language_control import by_language
 from mlm.session.records import Source
 from mlm.session.session import Session
 
@@ -60,5 +61,8 @@ def held(session: Session, phrases: Sequence[Phrase], source: Source, **options:
     """
     asked = session.ask([source], **options)
     tokens = [tokens_of(session.vocabulary, phrase) for phrase in phrases]
-    check_phrases(tokens, asked.generator.config.max_length - asked.skips[0], asked.generator.config)
+    config = asked.generator.config
+    check_phrases(tokens, config.max_length - asked.skips[0], config)
+    if config.language_mask:
+        check_allowed(tokens, by_language(session, config, asked.languages)["language_mask"][0])
     return tokens

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Hypothesis:
     """text: decoded, without a stop sequence at its end. score: log-probability in nats, for beam search over its
     length penalty. tokens: all, EOS or the stop sequence included.
-    passes: of the decoder, for all results of the text.
+    passes: of the decoder, for all results of the text. given: tokens that it had to begin with.
     value: what it was chosen by, where the results were chosen among (`mlm.session.choosing`).
     """
 
@@ -25,6 +25,7 @@ class Hypothesis:
     score: float
     tokens: list[int]
     passes: int = 0
+    given: int = 0
     value: float | None = None
 
 

@@ -24,7 +24,7 @@ from mlm.models.config import ModelConfig
 from mlm.models.quantisation import quantised
 from mlm.models.transformer import Transformer
 from mlm.registry import nearest
-from mlm.session.language_control import against, given, token_counts
+from mlm.session.language_control import against, by_language, token_counts
 from mlm.session.reading import Reader
 from mlm.session.records import Asked, Hypothesis, Ranked, Source
 from mlm.trees import count
@@ -173,9 +173,9 @@ class Session(Reader):
         from mlm.session.phrases import given_phrases
 
         frame = self.frame(to, from_, language_token)
-        given = [texts] if isinstance(texts, str) else list(texts)
-        encoded = iter(self._encode([t for t in given if isinstance(t, str)], to, frame))
-        sources = [(text if isinstance(text, Source) else next(encoded)).tokens for text in given]
+        all_texts = [texts] if isinstance(texts, str) else list(texts)
+        encoded = iter(self._encode([t for t in all_texts if isinstance(t, str)], to, frame))
+        sources = [(text if isinstance(text, Source) else next(encoded)).tokens for text in all_texts]
         other = None
         if contrast_to is not None:
             options = {"contrast": "language", **options}
@@ -183,8 +183,8 @@ class Session(Reader):
         told = given_phrases(self.vocabulary, phrases, avoid)
         options = options | ({"avoid": True} if "avoid" in told else {})
         generator = self.generator(method, options, frame.start)
-        by_language = generator.config.language_mask or generator.config.language_bias > 0
-        languages = languages or self._languages(to, len(sources), by_language)
+        masks = generator.config.language_mask or generator.config.language_bias > 0
+        languages = self._languages(to, len(sources), masks) if languages is None else languages
         numbers = range(len(sources)) if ids is None else ids
         return Asked(self, generator, frame, to, from_, language_token, sources, numbers, languages, told, other)
 
@@ -196,7 +196,7 @@ class Session(Reader):
             prompts=[asked.frame.prompt] * len(asked.sources) if asked.frame.prompt else None,
             ids=asked.ids,
             languages=asked.languages,
-            given={**asked.given, **given(self, asked.generator.config, asked.languages)},
+            given={**asked.given, **by_language(self, asked.generator.config, asked.languages)},
             against=asked.against,
             **self.others(asked.generator),
         )
@@ -206,7 +206,7 @@ class Session(Reader):
 
         return [
             [
-                Hypothesis(text(tokens[skip:length]), float(score), tokens[:length].tolist(), int(passes))
+                Hypothesis(text(tokens[skip:length]), float(score), tokens[:length].tolist(), int(passes), skip)
                 for tokens, score, length in zip(*row, strict=True)
                 if length
             ]

@@ -84,10 +84,7 @@ class _Clock:
         found, seconds = self._timed(params, sources, **others)
         if self._generator.compilations > compiled:
             found, seconds = self._timed(params, sources, **others)
-        given = sum(map(len, others["prompts"]))
-        if self._generator.model.config.encoder is None:
-            given += sum(map(len, sources))  # a decoder alone goes on from what it reads
-        self.tokens += int(found.lengths[:, 0].sum()) - given
+        self.tokens += int(found.lengths[:, 0].sum()) - sum(map(len, others["prompts"]))
         self.seconds += seconds
         self.passes += int(found.passes.sum())
         return found

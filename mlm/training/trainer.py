@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlm.models.config import ModelConfig
 from mlm.models.order import check_any_order
+from mlm.models.specs import RecurrentSpec
 from mlm.models.transformer import Transformer
 from mlm.objectives import OBJECTIVES, Loss
 from mlm.objectives.any_order import AnyOrder
@@ -61,6 +62,8 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name}={getattr(self, name)} must be at least 1")
         masking = self.objective == "mask_block"
+        if masking and self.any_order is not None:
+            raise ValueError("objective='mask_block' and any_order both say which targets are masked: keep one of them")
         if (self.block is not None, self.mask_token is not None) != (masking, masking):
             raise ValueError(
                 f"TrainConfig.block={self.block}, mask_token={self.mask_token}: objective='mask_block' needs both, and "
@@ -105,10 +108,10 @@ class Trainer:
             microbatches=train.microbatches,
             ema_decay=train.ema_decay,
             adjust=partial(rebalanced, self.model),
-            prepare=_masking(self.model, train.any_order),
+            prepare=_masking(self.model, train),
         )
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, scalar))
-        evaluate = partial(evaluation_step, loss_fn=loss_fn, prepare=_masking(self.model, train.any_order))
+        evaluate = partial(evaluation_step, loss_fn=loss_fn, prepare=_masking(self.model, train))
         self.evaluate_batch = jax.jit(evaluate, out_shardings=scalar)
 
     def init(self, params: Params | None = None) -> TrainState:
@@ -141,21 +144,28 @@ def abstract_state(
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, places)
 
 
-def _masking(model: Transformer, any_order: AnyOrder | None) -> Prepare | None:
-    """What makes the batch of a step that learns any order; others read their batches as they are.
+def _masking(model: Transformer, train: TrainConfig) -> Prepare | None:
+    """What makes the batch of a step that learns to fill masks; others read their batches as they are.
 
-    Raises ValueError for a mask token that the model has no row for, and for a model that cannot write in any order.
+    Raises ValueError for a mask token that the model has no row for, and for a model that cannot fill such masks.
     """
-    if any_order is None:
+    any_order, decoder = train.any_order, model.config.decoder
+    token = train.mask_token if any_order is None else any_order.mask_token
+    if token is None or decoder is None:
         return None
-    if any_order.mask_token >= model.config.vocab_size:
+    if token >= model.config.vocab_size:
         raise ValueError(
-            f"any_order.mask_token={any_order.mask_token} is no id of the model's vocabulary of "
-            f"{model.config.vocab_size}"
+            f"mask_token={token} is outside the model's vocabulary of {model.config.vocab_size} ids; name one that no "
+            "target holds, such as a sentinel"
         )
-    if model.config.decoder is not None:
-        check_any_order(model.config.decoder)
-    return any_order.masked
+    if any_order is not None:
+        check_any_order(decoder)
+        return any_order.masked
+    if any(isinstance(spec, RecurrentSpec) for spec in decoder.sublayers()):
+        raise ValueError("objective='mask_block': a recurrent decoder cannot see its masks both ways; use attention")
+    block = train.block
+    assert block is not None
+    return lambda batch, key, step: masked(batch, key, block, token)
 
 
 def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mesh | None = None) -> Callable[..., Loss]:
@@ -169,17 +179,8 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
         raise ValueError(f"objective {config.objective!r} predicts decoder targets, and this model has no decoder")
     if config.candidates is not None and model.config.head.kind == "two_level":
         raise ValueError(f"candidates={config.candidates}: a head of two levels normalises over few tokens by itself")
-    if config.mask_token is not None and config.mask_token >= model.config.vocab_size:
-        raise ValueError(
-            f"mask_token={config.mask_token} is outside the model's vocabulary of {model.config.vocab_size} ids; name "
-            "one that no target holds, such as a sentinel"
-        )
 
     def loss_of(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-        if config.block is not None and config.mask_token is not None:
-            # An evaluation draws the same cuts every time.
-            key, cuts = (None, jax.random.key(config.seed)) if key is None else jax.random.split(key)
-            batch = masked(batch, cuts, config.block, config.mask_token)
         output = model(params, batch, key, languages=languages)
         hidden, kernel, bias, targets, within = model.prediction(params, output.hidden, batch["decoder_target_tokens"])
         if config.candidates is not None and key is not None:

@@ -69,6 +69,7 @@ def test_guesses_in_experts_change_nothing(experts, sources, proposer, method):
     kind = PROPOSERS[proposer]
     options = {"guesses": 4} if "guesses" in kind.options else {}
     options |= {"branches": 2} if "branches" in kind.options else {}
+    options |= {"mask_token": 2} if "mask_token" in kind.options else {}
     config = DecodeConfig(method=method, max_length=LENGTH, proposer=proposer, **options)
     other = model.init(jax.random.key(1)) if kind.drafts else None
     found = Generator(model, config, draft=model if kind.drafts else None)(

@@ -1,5 +1,7 @@
 """Masked blocks against a plain loop, and what the loss of a batch makes of them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from mlm.models.transformer import Transformer
 from mlm.objectives.mask_block import masked
-from mlm.training.trainer import TrainConfig, make_loss
+from mlm.training.step import evaluation_step
+from mlm.training.trainer import TrainConfig, _masking, make_loss
 from tests.training.toy import LANGUAGES, MODEL, examples, rows_of
 
 MASK = 63
@@ -58,21 +61,20 @@ def test_every_target_is_as_often_the_first_of_a_block():
 
 
 def test_a_loss_is_that_of_the_masked_batch():
-    """With a key the cuts are drawn by it, without one they are the same each time. What the decoder would read of the
-    hidden targets has no part in it.
-    """
-    model, key = Transformer(MODEL), jax.random.key(1)
+    """An evaluation draws the same cuts every time. What the decoder would read of the hidden targets has no part."""
+    model = Transformer(MODEL)
     params = jax.jit(model.init)(jax.random.key(0))
-    loss = jax.jit(make_loss(model, TrainConfig(steps=1, **OPTIONS), LANGUAGES))
-    plain = jax.jit(make_loss(model, TrainConfig(steps=1, z_loss=0.0), LANGUAGES))
-    for given, cuts in ((None, jax.random.key(0)), (key, jax.random.split(key)[1])):
-        got, shown = loss(params, PACKED, given), masked(PACKED, cuts, 4, MASK)
-        np.testing.assert_allclose(got.sum, plain(params, shown, None).sum, rtol=1e-5)
-        assert float(got.weight) == float(shown["decoder_loss_weights"].sum())
-        other = jnp.where(shown["decoder_causal_attention"] > 0, 9, PACKED["decoder_input_tokens"])
-        assert (other != PACKED["decoder_input_tokens"]).any()
-        unseen = loss(params, {**PACKED, "decoder_input_tokens": other}, given)
-        np.testing.assert_allclose(unseen.sum, got.sum, rtol=1e-6)
+    train = TrainConfig(steps=1, **OPTIONS)
+    loss_of = make_loss(model, train, LANGUAGES)
+    evaluate = jax.jit(partial(evaluation_step, loss_fn=loss_of, prepare=_masking(model, train)))
+    got, shown = evaluate(params, PACKED), masked(PACKED, jax.random.key(0), 4, MASK)
+    want = jax.jit(loss_of)(params, shown, None)
+    np.testing.assert_allclose(got["loss"][0], want.sum, rtol=1e-5)
+    assert float(got["loss"][1]) == float(shown["decoder_loss_weights"].sum())
+    other = jnp.where(shown["decoder_causal_attention"] > 0, 9, PACKED["decoder_input_tokens"])
+    assert (other != PACKED["decoder_input_tokens"]).any()
+    unseen = evaluate(params, {**PACKED, "decoder_input_tokens": other})
+    np.testing.assert_allclose(unseen["loss"][0], got["loss"][0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,6 @@ def test_options_that_do_not_belong_together_are_refused(options, message):
 
 def test_a_mask_outside_the_vocabulary_and_a_second_prefix_are_refused():
     with pytest.raises(ValueError, match="mask_token=64 is outside the model's vocabulary of 64"):
-        make_loss(Transformer(MODEL), TrainConfig(steps=1, **OPTIONS | {"mask_token": 64}), LANGUAGES)
+        _masking(Transformer(MODEL), TrainConfig(steps=1, **OPTIONS | {"mask_token": 64}))
     with pytest.raises(ValueError, match="a prefix of its own"):
         masked({**PACKED, "decoder_causal_attention": PACKED["decoder_segment_ids"]}, jax.random.key(0), 4, MASK)
