@@ -58,6 +58,11 @@ def test_a_mixture_of_experts_and_a_drafter_with_a_window(sources):
     plain = Generator(model, DecodeConfig(max_length=LENGTH))(params, sources)
     drafted = Generator(model, DecodeConfig(max_length=LENGTH, **BLOCK), draft=draft)
     same(drafted(params, sources, draft=small), plain)
+    # The windowed model as its own drafter: what it guesses at the newest token is what it chooses.
+    alone = Generator(draft, DecodeConfig(max_length=LENGTH))(small, sources)
+    itself = Generator(draft, DecodeConfig(max_length=LENGTH, **BLOCK), draft=draft)(small, sources, draft=small)
+    same(itself, alone)
+    assert itself.passes.sum() <= (alone.passes.sum() + len(sources)) / 2
 
 
 def windowed(config, window):

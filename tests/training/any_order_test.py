@@ -9,6 +9,7 @@ import pytest
 
 from mlm.decoding.any_subset import Filler
 from mlm.models.families import t5_style
+from mlm.models.specs import AttentionSpec
 from mlm.objectives.any_order import AnyOrder
 from mlm.parallel import MeshConfig, global_batch, make_mesh
 from mlm.training.trainer import TrainConfig, Trainer
@@ -52,5 +53,11 @@ def test_a_model_learns_to_fill_and_evaluates_the_same_every_time():
 def test_what_does_not_fit_is_refused():
     train = dataclasses.replace(TRAIN, any_order=AnyOrder(mask_token=32))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    with pytest.raises(ValueError, match="mask_token=32 is no id"):
+    with pytest.raises(ValueError, match="mask_token=32 is outside the model's vocabulary"):
         Trainer(MODEL, train, lambda axes, shapes: optax.sgd(0.1), mesh, LANGUAGES)
+    own = lambda s: isinstance(s, AttentionSpec) and s.source == "self"  # noqa: E731
+    narrow = MODEL.decoder.mapped(lambda s: dataclasses.replace(s, window=3) if own(s) else s)
+    with pytest.raises(ValueError, match="window"):
+        Trainer(dataclasses.replace(MODEL, decoder=narrow), TRAIN, lambda axes, shapes: optax.sgd(0.1), mesh, LANGUAGES)
+    with pytest.raises(ValueError, match="both say which targets are masked"):
+        dataclasses.replace(TRAIN, objective="mask_block", block=2, mask_token=5)
