@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlm.decoding.config import DecodeConfig
+from mlm.decoding.phrases import avoided
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.ranking import cut, first_max
 from mlm.decoding.state import NEG_INF, Seen, State
@@ -282,7 +283,7 @@ def test_every_processor_is_local_to_its_rows():
     """Rows over eight devices: no processor tells one row of another."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     options = {"top_k": 5, "no_repeat_ngram": 2, "bad_words": ((3, 4), (5,)), "min_length": 4, "mirostat": 2.0}
-    options |= {"language_mask": True, "contrast": "model", "dola_layers": (1,)}
+    options |= {"avoid": True, "language_mask": True, "contrast": "model", "dola_layers": (1,)}
     made = [kind.make(options.get(name, 0.5), *[0.5] * len(kind.further)) for name, kind in PROCESSORS.items()]
 
     def every(logits, now):
@@ -293,7 +294,11 @@ def test_every_processor_is_local_to_its_rows():
     rows = NamedSharding(mesh, P("data"))
     beside = state(prefixes=PREFIXES)._replace(
         closing=jnp.ones((6, 1), jnp.int32),
-        given={"language_mask": LOGITS > 0, "language_bias": LOGITS},
+        given={
+            "avoid": jnp.asarray(avoided([[[3, 4], [5]]] * 6)["avoid"]),
+            "language_mask": LOGITS > 0,
+            "language_bias": LOGITS,
+        },
         seen=Seen(LOGITS, (LOGITS,)),
     )
     eight = jax.tree.map(lambda x: jax.device_put(jnp.concatenate([x, x[:2]]), rows), (LOGITS, beside))
