@@ -78,8 +78,6 @@ class ContrastiveSearch(_Penalised, NoGuesses):
         return state.search.token, ()
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
-        if processed.shape[-1] < self.candidates:
-            raise ValueError(f"candidates={self.candidates} exceeds the vocabulary of {processed.shape[-1]} tokens")
         assert isinstance(state.seen, Seen)
         assert state.seen.below is not None
         states, token, length = state.search

@@ -356,7 +356,7 @@ def _check_shapes(
                 "token at a time"
             )
     if "candidates" in METHODS[config.method].options and config.candidates > model.config.vocab_size:
-        raise ValueError(f"candidates={config.candidates} of a vocabulary of {model.config.vocab_size} ids")
+        raise ValueError(f"candidates={config.candidates} exceeds the vocabulary of {model.config.vocab_size} tokens")
     if config.proposer == "input_copy" and model.config.encoder is None:
         raise ValueError("proposer='input_copy' copies what an encoder reads; a decoder alone takes 'ngram_table'")
     drafting = () if draft is None else draft.config.stacks()["decoder"].sublayers()

@@ -231,7 +231,8 @@ def test_penalties_of_states_equal_cosines_one_by_one(n):
     assert (np.array(want)[-1, :4] > 0).any()
 
 
-def test_more_candidates_than_tokens_are_refused(tiny, sources):
-    config = DecodeConfig(method="contrastive_search", candidates=VOCAB + 1, max_length=LIMIT)
+@pytest.mark.parametrize("method", ["contrastive_search", "fsd", "fsd_d"])
+def test_more_candidates_than_tokens_are_refused(tiny, method):
+    config = DecodeConfig(method=method, candidates=VOCAB + 1, max_length=LIMIT)
     with pytest.raises(ValueError, match="candidates=13 exceeds the vocabulary of 12 tokens"):
-        tiny.decode(config, sources)
+        Generator(tiny.model, config)
