@@ -10,6 +10,7 @@ import pytest
 
 from mlm.decoding.antirepetition import FSD, DiscreteFSD
 from mlm.decoding.config import DecodeConfig
+from mlm.decoding.generate import Generator
 from mlm.decoding.state import State
 from mlm.models.families import llama_style, sparse, t5_style
 from mlm.models.specs import PositionSpec, RouterSpec
