@@ -64,6 +64,7 @@ def train(folder, experts, steps):
 
 def report(runs, experts, steps):
     """The page."""
+    from mlm.evaluation.report_html import page
     from mlm.evaluation.report_plots import Line, lines
     from mlm.models.config import from_json
     from mlm.models.flops import idle_parameters, training_flops
@@ -120,7 +121,7 @@ def report(runs, experts, steps):
             codes = tables.pop("languages")
             body += [f"<h2>Who serves whom: {escape(name)}</h2>"]
             body += [heat(f"{stack}, last mixture", codes, choices[-1]) for stack, choices in tables.items()]
-    return PAGE.format(body="\n".join(body))
+    return page("Experts at equal work", body)
 
 
 def by_language(losses):
@@ -156,17 +157,6 @@ def table(columns, rows):
     return f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Experts at equal work</title><style>
-:root {{ --ink: #212529; --paper: #fff; --grid: #e9ecef; --muted: #868e96; color-scheme: light }}
-body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; font-size: 13px }}
-td, th {{ padding: 2px 10px; border-bottom: 1px solid var(--grid) }}
-th {{ text-align: left }} .n {{ text-align: right; font-variant-numeric: tabular-nums }} .wide {{ overflow-x: auto }}
-svg {{ max-width: 100%; height: auto }}
-</style><body>{body}</body></html>
-"""
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=400)
@@ -174,11 +164,11 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("results/routers"))
     options = parser.parse_args()
     runs = train(options.output, options.experts, options.steps)
-    page = options.output / "report.html"
-    temporary = page.with_suffix(".tmp")
+    written = options.output / "report.html"
+    temporary = written.with_suffix(".tmp")
     temporary.write_text(report(runs, options.experts, options.steps))
-    temporary.replace(page)
-    print(page)
+    temporary.replace(written)
+    print(written)
 
 
 if __name__ == "__main__":
