@@ -98,7 +98,8 @@ class _Sweep:
         self.folder = Path(flags.output or session.run.path / "decode_sweep" / str(session.step))
         self._records = self.folder / "settings.jsonl"
         mesh, draft = session.rows.mesh, session.draft
-        self.about: Record = session.about("", flags.split) | {
+        self.about: Record = session.origin | {
+            "split": flags.split,
             "run": str(session.run.path.absolute()),
             "draft": None if draft is None else draft.name,
             "ngram_text": flags.ngram_text,
@@ -106,7 +107,6 @@ class _Sweep:
             "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
             "batch_size": flags.batch_size,
         }
-        del self.about["task"]
         self.refused: dict[str, str] = {}
         if flags.overwrite:
             self._records.unlink(missing_ok=True)

@@ -48,13 +48,8 @@ def run(arguments: list[str]) -> int:
     languages = decoding_flags.languages(session, flags)
     chooser = decoding_flags.chooser(session, flags, languages, options)
     settings = {
+        **session.origin,
         "run": str(session.run.path.absolute()),
-        "step": session.step,
-        "parameters": session.parameters,
-        "quantise": session.quantise,
-        "ensemble": [member.name for member in session.ensemble],
-        "contrasted_with": session.contrast.name if session.contrast else None,
-        "vocabulary": session.vocabulary.digest,
         **languages,
         **options,
         **({} if asked is None else {"constraints": asked.digest}),

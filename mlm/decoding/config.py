@@ -38,6 +38,10 @@ def _told(value: T | None) -> T:
     return value
 
 
+def _beam(config: "DecodeConfig") -> Beam:
+    return Beam(config.beams, config.alpha, config.n_best)
+
+
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
 _GUESSING = ("proposer", "guesses", "branches", "mask_token")
 _RESHAPING = ("repetition_penalty", "contrast", "contrast_alpha", "contrast_beta", "dola_layers", "language_bias")
@@ -50,7 +54,7 @@ METHODS: Registry[Method] = Registry(
         "draws from the model's distribution, reshaped by temperature and truncations",
     ),
     beam=Method(
-        lambda c: Beam(c.beams, c.alpha, c.n_best),
+        _beam,
         ("n_best", "beams", "alpha"),
         "beam search with the GNMT brevity penalty (Wu et al. 2016)",
     ),
@@ -60,13 +64,13 @@ METHODS: Registry[Method] = Registry(
         "beam search in groups that avoid each other's tokens (Vijayakumar et al. 2018)",
     ),
     constrained_beam=Method(
-        lambda c: ConstrainedBeam(c.beams, c.alpha, c.n_best),
+        lambda c: ConstrainedBeam(_beam(c)),
         ("n_best", "beams", "alpha"),
         "beam search for texts that hold phrases given of each example; beams=20 is usual (Post & Vilar 2018)",
         needs="phrases of each text",
     ),
     value_guided_beam=Method(
-        lambda c: ValueGuidedBeam(cast(Value, c.value), c.likelihood, c.valued, c.beams, c.alpha, c.n_best),
+        lambda c: ValueGuidedBeam(_beam(c), cast(Value, c.value), c.likelihood, c.valued),
         ("n_best", "beams", "alpha", "value", "likelihood", "valued"),
         "beam search by likelihood and a function's value of every beginning (Josifoski et al. 2022)",
         needs="a function, which Python alone can give",

@@ -34,19 +34,17 @@ class Constrained(NamedTuple):
 
 @dataclass(frozen=True)
 class ConstrainedBeam:
-    """`group` beams for texts that hold `given["phrases"]`, [B, P, L]; with no phrases the results of `Beam`.
+    """The search of `beam` for texts that hold `given["phrases"]`, [B, P, L]; with no phrases its results.
 
     A text that has room for its phrases and EOS holds them all; only where other rules forbid that, what is returned is
     unended and holds most of them.
     """
 
-    group: int = 4
-    alpha: float = 0.6
-    n_best: int = 1
+    beam: Beam
 
     @property
-    def beam(self) -> Beam:
-        return Beam(self.group, self.alpha, self.n_best)
+    def group(self) -> int:
+        return self.beam.group
 
     def init(self, start: Start):
         log_prob, finished = self.beam.init(start)
@@ -60,7 +58,7 @@ class ConstrainedBeam:
         total = jnp.sum(sizes, axis=1)
         candidates = self._candidates(logits, processed, state, phrases, progress)
 
-        after = advance(phrases[:, None], take(progress, candidates.parent), candidates.token)
+        after = progressed(phrases[:, None], take(progress, candidates.parent), candidates.token)
         bank = jnp.sum(after, axis=-1)
         ended = ended_by(candidates, state)
         alive = _first_of_its_kind(candidates) & (~ended | (bank == total[:, None]))
@@ -105,7 +103,7 @@ class ConstrainedBeam:
         most = jnp.repeat(jnp.max(held.reshape(-1, self.group), axis=1), self.group)
         live = state._replace(log_prob=jnp.where(held == most, state.log_prob, NEG_INF))
         results = self.beam.results(state.search.finished, live)
-        _, order = top_k(results.scores, self.n_best)
+        _, order = top_k(results.scores, self.beam.n_best)
         tokens, scores, lengths = (take(x, order) for x in results)
         return Decoded(tokens, scores, lengths, by_example(state.passes, self.group))
 
@@ -125,7 +123,7 @@ def continuing(
     return token, jnp.where(jnp.any(open_, axis=-1, keepdims=True), open_, token >= 0)
 
 
-def advance(
+def progressed(
     phrases: Int[Array, "*#s P L"], progress: Int[Array, "*s P"], token: Int[Array, "*s"]
 ) -> Int[Array, "*s P"]:
     """Tokens of each phrase that are written after one more. A phrase that it breaks off starts anew."""

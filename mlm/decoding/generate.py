@@ -267,7 +267,7 @@ class Generator:
         early = self.config.dola_layers
 
         def step(
-            tokens: Array, cache: PyTree, tree: Tree | None = None, prefix: Array | None = None
+            tokens: Array, cache: PyTree, *, tree: Tree | None = None, prefix: Array | None = None
         ) -> tuple[Read, PyTree]:
             (logits, *others), hidden, cache = model.step_by_depth(params, tokens, cache, early, prefix, tree)
             return Read(logits, Seen(hidden, tuple(others))), cache

@@ -21,7 +21,7 @@ def advance(state: State, *, step: Step, extend: Extend, proposer: Proposer) -> 
     tree, active, before = proposer.tree, ~state.done, state.length
     guesses, own = proposer.propose(state, extend)
     block = jnp.concatenate([state.pending[:, None], jnp.maximum(guesses, 0)], axis=1)
-    read, cache = step(block, state.cache, None if tree.is_chain else tree)
+    read, cache = step(block, state.cache, tree=None if tree.is_chain else tree)
     state = state._replace(cache=cache, passes=state.passes + active)
     path = jnp.zeros((before.size, 1), jnp.int32)
     if tree.size == 1:

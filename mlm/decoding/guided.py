@@ -27,16 +27,14 @@ class ValueGuidedBeam:
     Nothing bounds what a value may still come to, so below w = 1 the search goes on to the limit.
     """
 
+    beam: Beam
     value: Value
     weight: float
     valued: int
-    group: int = 4
-    alpha: float = 0.6
-    n_best: int = 1
 
     @property
-    def beam(self) -> Beam:
-        return Beam(self.group, self.alpha, self.n_best)
+    def group(self) -> int:
+        return self.beam.group
 
     def init(self, start: Start):
         log_prob, finished = self.beam.init(start)

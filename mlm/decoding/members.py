@@ -59,11 +59,11 @@ def told(opened: Opened, beginning: Int[Array, "R P"], lengths: Int[Array, "R"])
     step, cache = opened
 
     def read(
-        tokens: Int[Array, "R Q"], cache: PyTree, tree: Tree | None = None, prefix: Array | None = None
+        tokens: Int[Array, "R Q"], cache: PyTree, *, tree: Tree | None = None, prefix: Array | None = None
     ) -> tuple[Read, PyTree]:
         at = cache["length"][:, None] + jnp.arange(tokens.shape[1])  # guesses stand behind the beginning, also in trees
         instead = jnp.take_along_axis(beginning, jnp.minimum(at, beginning.shape[1] - 1), axis=1)
-        return step(jnp.where(at <= lengths[:, None], instead, tokens), cache, tree, prefix)
+        return step(jnp.where(at <= lengths[:, None], instead, tokens), cache, tree=tree, prefix=prefix)
 
     return read, cache
 
@@ -74,11 +74,11 @@ def _joined(members: Sequence[Opened], join: Callable[..., Read]) -> Opened:
     joint = {"length": caches[0]["length"], "self": tuple(cache["self"] for cache in caches), "rest": rest}
 
     def step(
-        tokens: Int[Array, "R Q"], cache: PyTree, tree: Tree | None = None, prefix: Array | None = None
+        tokens: Int[Array, "R Q"], cache: PyTree, *, tree: Tree | None = None, prefix: Array | None = None
     ) -> tuple[Read, PyTree]:
         said, written = [], []
         for one, own, others in zip(steps, cache["self"], cache["rest"], strict=True):
-            read, after = one(tokens, {**others, "length": cache["length"], "self": own}, tree, prefix)
+            read, after = one(tokens, {**others, "length": cache["length"], "self": own}, tree=tree, prefix=prefix)
             said.append(read)
             written.append(after["self"])
         return join(*said), {**cache, "self": tuple(written)}

@@ -195,7 +195,7 @@ class DraftTree(NoGuesses):
         for level in range(int(tree.depth.max()) + 1):
             known = int((tree.depth <= level).sum())
             block = jnp.stack([node.pending for node in states], axis=1)
-            read, cache = self.step(block, cache, Tree(tree.parents[:known]))
+            read, cache = self.step(block, cache, tree=Tree(tree.parents[:known]))
             for node in range(known):
                 if tree.depth[node] < level:
                     continue

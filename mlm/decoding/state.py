@@ -145,6 +145,7 @@ class Step(Protocol):
         self,
         tokens: Int[Array, "R Q"],
         cache: PyTree,
+        *,
         tree: Tree | None = None,
         prefix: Bool[Array, "R Q"] | None = None,
     ) -> tuple[Read, PyTree]: ...

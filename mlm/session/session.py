@@ -529,9 +529,12 @@ class Session(Reader):
 
     def about(self, name: str, split: str) -> dict[str, Any]:
         """What a result must say of where it comes from."""
+        return {"task": name, "split": split, **self.origin}
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The models that speak: what two results must share to be one's."""
         return {
-            "task": name,
-            "split": split,
             "run": str(self.run.path),
             "step": self.step,
             "parameters": self.parameters,

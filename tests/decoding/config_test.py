@@ -17,10 +17,12 @@ def test_every_method_builds_its_selector():
     assert DecodeConfig(method="beam", beams=5, alpha=1.0, n_best=2).selector() == Beam(5, 1.0, 2)
     options = {"beams": 6, "groups": 3, "diversity": 1.5, "alpha": 0.2, "n_best": 2}
     assert DecodeConfig(method="diverse_beam", **options).selector() == DiverseBeam(6, 3, 1.5, 0.2, 2)
-    options = {"beams": 6, "alpha": 0.2, "n_best": 2}
-    assert DecodeConfig(method="constrained_beam", **options).selector() == ConstrainedBeam(6, 0.2, 2)
+    options, beam = {"beams": 6, "alpha": 0.2, "n_best": 2}, Beam(6, 0.2, 2)
+    assert DecodeConfig(method="constrained_beam", **options).selector() == ConstrainedBeam(beam)
     options |= {"value": len, "likelihood": 0.3, "valued": 7}
-    assert DecodeConfig(method="value_guided_beam", **options).selector() == ValueGuidedBeam(len, 0.3, 7, 6, 0.2, 2)
+    assert DecodeConfig(method="value_guided_beam", **options).selector() == ValueGuidedBeam(
+        Beam(6, 0.2, 2), len, 0.3, 7
+    )
     assert DecodeConfig(method="contrastive_search").selector() == ContrastiveSearch(0.6, 5)
     assert DecodeConfig(method="fsd", penalty_alpha=0.0).selector() == FSD(0.0, 5, 2)
     options = {"penalty_alpha": 0.3, "candidates": 4, "ngram": 5, "smoothing": 0.7}

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlm.decoding.config import DecodeConfig
-from mlm.decoding.constrained import advance, continuing, shares
+from mlm.decoding.constrained import continuing, progressed, shares
 from mlm.decoding.generate import Generator
 from mlm.decoding.phrases import avoided, constraints
 from mlm.models.families import sparse, t5_style
@@ -117,7 +117,7 @@ def test_progress_equals_the_rules_in_python():
     table = jnp.array(constraints(phrases)["phrases"])
     written = [[0] * len(own) for own in phrases]
     progress = jnp.zeros(table.shape[:2], jnp.int32)
-    step = jax.jit(lambda progress, token: (continuing(table, progress), advance(table, progress, token)))
+    step = jax.jit(lambda progress, token: (continuing(table, progress), progressed(table, progress, token)))
     for tokens in np.transpose(texts):
         (following, allowed), after = step(progress, jnp.array(tokens))
         for i, own in enumerate(phrases):
