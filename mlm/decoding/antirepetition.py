@@ -167,7 +167,7 @@ TINY = 1e-30  # keeps the cosine of a state of zeros finite
 
 def _room(start: Start) -> Float[Array, "R T D"]:
     """States by place: 0 behind the first input, t behind the t-th token; those already read, and zeros."""
-    states = start.hidden().astype(jnp.float32)
+    states = start.seen().hidden.astype(jnp.float32)
     return jnp.pad(states, ((0, 0), (0, start.max_length - states.shape[1]), (0, 0)))
 
 

@@ -32,7 +32,7 @@ def advance(state: State, *, step: Step, extend: Extend, proposer: Proposer) -> 
     if tree.size > 1:
         state = state._replace(cache=along(cache, tree, path))
     cache = {**state.cache, "length": state.cache["length"] + grown}
-    return state._replace(cache=cache, proposal=proposer.observe(own, grown, path))
+    return state._replace(cache=cache, proposal=proposer.observe(own, grown, path, read.seen))
 
 
 def _walk(

@@ -18,12 +18,12 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.growth import advance, extension
 from mlm.decoding.proposers import NO_GUESSES
-from mlm.decoding.state import Decoded, Proposer, Selector, Start, State, Step
+from mlm.decoding.state import Decoded, Proposer, Seen, Selector, Start, State, Step
 from mlm.types import PAD_ID, PyTree
 
 NOTHING: Mapping[str, Array] = MappingProxyType({})
@@ -89,13 +89,13 @@ def _start(
         tokens = tokens.at[:, : prompt.shape[1]].set(prompt)
         pending = jnp.take_along_axis(fed, length[:, None], axis=1)[:, 0]
 
-    def hidden() -> Float[Array, "R P D"]:
+    def seen() -> Seen:
         if said is not None:
-            return said.seen.hidden
+            return said.seen
         traced, _ = jax.eval_shape(step, pending[:, None], cache)  # nothing is read yet, yet a state has a width
-        return jnp.zeros((rows, 0, traced.seen.hidden.shape[-1]))
+        return jax.tree.map(lambda x: jnp.zeros((rows, 0, *x.shape[2:]), x.dtype), traced.seen)
 
-    log_prob, search = selector.init(Start(ids, config.max_length, given, hidden))
+    log_prob, search = selector.init(Start(ids, config.max_length, given, length, seen))
     return State(
         tokens=tokens,
         length=length,
@@ -107,6 +107,6 @@ def _start(
         passes=jnp.zeros(rows, jnp.int32),
         cache=cache,
         search=search,
-        proposal=proposer.begin(read, length),
+        proposal=proposer.begin(read, length, None if said is None else said.seen),
         given={name: jnp.repeat(x, selector.group, axis=0) for name, x in given.items()},
     )

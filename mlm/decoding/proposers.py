@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from mlm.decoding.growth import advance, along
 from mlm.decoding.ngrams import Trigrams, successors
-from mlm.decoding.state import NEG_INF, Extend, Proposer, State, Step, newest, shifted, written
+from mlm.decoding.state import NEG_INF, Extend, Proposer, Seen, State, Step, newest, shifted, written
 from mlm.models.tree import Tree, best_first, chain
 from mlm.registry import Registry
 from mlm.types import PAD_ID, PyTree
@@ -40,13 +40,13 @@ class NoGuesses:
     def tree(self) -> Tree:
         return chain(0)
 
-    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
+    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"], seen: Seen | None) -> PyTree:
         return ()
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R 0"], PyTree]:
         return jnp.zeros((state.length.size, 0), jnp.int32), ()
 
-    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"]) -> PyTree:
+    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"], seen: Seen) -> PyTree:
         return own
 
 
@@ -147,8 +147,8 @@ class DraftModel(NoGuesses):
     def tree(self) -> Tree:
         return chain(self.width)
 
-    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
-        return _begun(self.step, self.cache, read, length), self.inner.begin(read, length)
+    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"], seen: Seen | None) -> PyTree:
+        return _begun(self.step, self.cache, read, length), self.inner.begin(read, length, None)
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
         # One token more than guesses: the last guess, too, must be in the draft's cache should it be right.
@@ -165,7 +165,7 @@ class DraftModel(NoGuesses):
         own = {**alone.cache, "length": cache["length"]}, alone.proposal
         return jnp.where(there, guesses, -1), own
 
-    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"]) -> PyTree:
+    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"], seen: Seen) -> PyTree:
         cache, inner = own
         return {**cache, "length": cache["length"] + grown}, inner
 
@@ -186,7 +186,7 @@ class DraftTree(NoGuesses):
     def tree(self) -> Tree:
         return self.shape
 
-    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
+    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"], seen: Seen | None) -> PyTree:
         return _begun(self.step, self.cache, read, length)
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
@@ -206,7 +206,7 @@ class DraftTree(NoGuesses):
         guesses = [jnp.where(states[tree.parents[n]].done, -1, states[n].pending) for n in range(1, tree.size)]
         return jnp.stack(guesses, axis=1), cache
 
-    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"]) -> PyTree:
+    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"], seen: Seen) -> PyTree:
         own = along(own, self.tree, path)
         return {**own, "length": own["length"] + grown}
 
@@ -231,7 +231,7 @@ class MaskBlock(NoGuesses):
     def tree(self) -> Tree:
         return chain(self.width)
 
-    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
+    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"], seen: Seen | None) -> PyTree:
         return _begun(self.step, self.cache, read, length)
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:

@@ -76,7 +76,8 @@ class Start(NamedTuple):
     ids: Int[Array, "B"]  # number of each example, the source of its randomness
     max_length: int
     given: Mapping[str, Array]  # what the caller says of each example
-    hidden: Callable[[], Float[Array, "R P D"]]  # states after the first input and the prompt but its last token
+    lengths: Int[Array, "R"]  # tokens of the prompts
+    seen: Callable[[], Seen]  # what was said of the first input and the prompt but its last token, arrays [R, P, …]
 
 
 @runtime_checkable
@@ -115,14 +116,18 @@ class Proposer(Protocol):
     def tree(self) -> Tree:
         """How the guesses of a pass follow each other: node 0 is the pending token, node w the w-th of W guesses."""
 
-    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"]) -> PyTree:
-        """Its own state after the prompts. read: what the decoder was given, shifted right; `length` of it count."""
+    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"], seen: Seen | None) -> PyTree:
+        """Its own state after the prompts. read: what the decoder was given, shifted right; `length` of it count. seen:
+        what the model said of it, arrays [R, P, …].
+        """
 
     def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R W"], PyTree]:
         """(guesses, its own state); -1: none. extend: how the search grows a row from given logits."""
 
-    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"]) -> PyTree:
-        """Its own state after the pass, by which every row grew by so many tokens, read at these nodes of the tree."""
+    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"], seen: Seen) -> PyTree:
+        """Its own state after the pass, by which every row grew by so many tokens, read at these nodes of the tree.
+        seen: what the pass said of every node, arrays [R, W + 1, …].
+        """
 
 
 Processor = Callable[[Float[Array, "R V"], State], Float[Array, "R V"]]

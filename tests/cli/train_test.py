@@ -247,7 +247,9 @@ def test_norms_behind_the_residuals_need_a_rate_that_warms_up():
     deepened = replace(plan, model=replace(model, decoder=deep))
     for sound in (plan, deepened, replace(bare, schedule=warm), replace(bare, initial="a run")):
         _check_warmup(sound)
-    with pytest.raises(ValueError, match=r"^decoder: norms after each residual.* take schedule.name=.* with schedule.warmup_steps"):
+    with pytest.raises(
+        ValueError, match=r"^decoder: norms after each residual.* take schedule.name=.* with schedule.warmup_steps"
+    ):
         _check_warmup(bare)
 
 

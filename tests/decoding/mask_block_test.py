@@ -110,7 +110,7 @@ def test_its_guesses_are_those_of_a_whole_pass():
         return jnp.take_along_axis(best, length[:, None] + jnp.arange(width), axis=1)
 
     whole, proposer = jax.jit(whole), MaskBlock(step, empty, MASK, width)
-    begun = proposer.begin(jnp.pad(jnp.asarray(tokens[:, :2]), ((0, 0), (1, 0))), jnp.array([2, 1]))
+    begun = proposer.begin(jnp.pad(jnp.asarray(tokens[:, :2]), ((0, 0), (1, 0))), jnp.array([2, 1]), None)
     nothing = jnp.zeros(2, jnp.int32)
     state = State(jnp.asarray(tokens), *(nothing,) * 7, cache=(), search=(), proposal=begun)
     for lengths in ([2, 1], [3, 5], [7, 6], [11, 10]):

@@ -9,7 +9,7 @@ from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.selectors import Sample
-from mlm.decoding.state import Start, State
+from mlm.decoding.state import Seen, Start, State
 
 # Critical values of chi-square at 0.1 %: seeds are fixed, so a failure is a change, not chance.
 CHI_SQUARE = {5: 20.5, 11: 31.3, 143: 199.0}
@@ -23,7 +23,9 @@ def chi_square(counts, probs):
 def draws(processors, logits, count=20_000):
     """One draw from the same logits by each of `count` examples."""
     selector = Sample(seed=7)
-    log_prob, keys = selector.init(Start(jnp.arange(count), 4, {}, lambda: jnp.zeros((count, 0, 1))))
+    log_prob, keys = selector.init(
+        Start(jnp.arange(count), 4, {}, jnp.zeros(count, int), lambda: Seen(jnp.zeros((count, 0, 1))))
+    )
     zero = jnp.zeros(count, jnp.int32)
     done = jnp.zeros(count, bool)
     tokens = jnp.zeros((count, 4), jnp.int32)
