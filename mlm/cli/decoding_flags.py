@@ -14,6 +14,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "groups": (int, "diverse_beam: parts of the beams that avoid each other's tokens (default 2)"),
     "diversity": (float, "diverse_beam: nats that a token costs for each earlier beam that chose it (default 0.5)"),
     "alpha": (float, "beam, diverse_beam, constrained_beam: exponent of the length penalty (default 0.6)"),
+    "coverage": (float, "beam: weight of the log of what was looked at of each source token, as 0.2 (default 0: off)"),
     "n_best": (int, "sample and beams: results per text (default 1)"),
     "candidates": (int, "contrastive_search, fsd, fsd_d: most probable tokens to choose of (default 5)"),
     "penalty_alpha": (float, "the same: weight of the penalty on repetition (default 0.6; fsd: 0.4)"),

@@ -64,15 +64,21 @@ class Beam:
         )
 
     def choose(self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State) -> Choice:
-        token, log_prob = continuations(logits, processed, state, 2 * self.group)
-        token, log_prob = (x.reshape(-1, self.group, x.shape[-1]) for x in (token, log_prob))
-        candidates = best_of(token, log_prob, log_prob, self.group)
-        ended = ended_by(candidates, state)
-        return self.grow(candidates, ended, survivors(candidates, ended, self.group), state.search, state)
+        return self.grow(*self.found(logits, processed, state), state.search, state)
 
     def finish(self, state: State) -> Decoded:
         tokens, scores, lengths = (x[:, : self.n_best] for x in self.results(state.search, state))
         return Decoded(tokens, scores, lengths, by_example(state.passes, self.group))
+
+    def found(
+        self, logits: Float[Array, "R V"], processed: Float[Array, "R V"], state: State
+    ) -> tuple[Candidates, Bool[Array, "B N"], Int[Array, "B K"]]:
+        """(the best continuations, which of them end here, places of those that live on)."""
+        token, log_prob = continuations(logits, processed, state, 2 * self.group)
+        token, log_prob = (x.reshape(-1, self.group, x.shape[-1]) for x in (token, log_prob))
+        candidates = best_of(token, log_prob, log_prob, self.group)
+        ended = ended_by(candidates, state)
+        return candidates, ended, survivors(candidates, ended, self.group)
 
     def grow(
         self,

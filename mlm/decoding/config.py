@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from mlm.decoding.antirepetition import FSD, ContrastiveSearch, DiscreteFSD
 from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.constrained import ConstrainedBeam
+from mlm.decoding.coverage import CoveredBeam
 from mlm.decoding.guided import Value, ValueGuidedBeam
 from mlm.decoding.members import MEANS
 from mlm.decoding.processors import PROCESSORS
@@ -42,6 +43,10 @@ def _beam(config: "DecodeConfig") -> Beam:
     return Beam(config.beams, config.alpha, config.n_best)
 
 
+def _beam_search(config: "DecodeConfig") -> Selector:
+    return CoveredBeam(_beam(config), config.coverage) if config.coverage else _beam(config)
+
+
 _TRUNCATIONS = ("top_k", "top_p", "min_p", "epsilon", "eta", "typical", "mirostat")
 _GUESSING = ("proposer", "guesses", "branches", "mask_token")
 _RESHAPING = ("repetition_penalty", "contrast", "contrast_alpha", "contrast_beta", "dola_layers", "language_bias")
@@ -54,9 +59,9 @@ METHODS: Registry[Method] = Registry(
         "draws from the model's distribution, reshaped by temperature and truncations",
     ),
     beam=Method(
-        _beam,
-        ("n_best", "beams", "alpha"),
-        "beam search with the GNMT brevity penalty (Wu et al. 2016)",
+        _beam_search,
+        ("n_best", "beams", "alpha", "coverage"),
+        "beam search with the GNMT brevity and coverage penalties (Wu et al. 2016)",
     ),
     diverse_beam=Method(
         lambda c: DiverseBeam(c.beams, c.groups, c.diversity, c.alpha, c.n_best),
@@ -126,6 +131,7 @@ class DecodeConfig:
     groups: int = 2  # diverse_beam: parts of `beams`, each a search
     diversity: float = 0.5  # diverse_beam: nats that a token costs for each beam of earlier groups that chose it
     alpha: float = 0.6  # beams: exponent of the brevity penalty; 0 ranks by plain log-probability
+    coverage: float = 0.0  # beam: weight of the log of what was looked at of each source token; 0: off
     value: Value | None = None  # value_guided_beam: what says how much a beginning is worth
     likelihood: float = 0.5  # value_guided_beam: weight of the log-likelihood; that of the value is 1 less it
     valued: int = 10  # value_guided_beam: tokens of every beam that are given a value
@@ -286,6 +292,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("groups", "an integer of at least 1", _integer(1)),
     ("diversity", "at least 0", lambda v: 0 <= v < float("inf")),
     ("alpha", "at least 0 (a negative one would make the early stop wrong)", lambda v: v >= 0),
+    ("coverage", "at least 0 (0: off)", lambda v: 0 <= v < float("inf")),
     ("likelihood", "in [0, 1]", lambda v: 0 <= v <= 1),
     ("valued", "an integer of at least 2, or a beam whose best token ends would be lost", _integer(2)),
     ("candidates", "an integer of at least 1", _integer(1)),

@@ -264,13 +264,17 @@ class Generator:
             to = jnp.repeat(to, rows // to.shape[0])
         block = max(self.config.block, inputs["prompts"].shape[1] if "prompts" in inputs else 1)
         cache = model.init_cache(params, encoded, real, rows, self.config.slots, to, block)
-        early = self.config.dola_layers
+        early, looks = self.config.dola_layers, self.config.coverage > 0
 
         def step(
             tokens: Array, cache: PyTree, *, tree: Tree | None = None, prefix: Array | None = None
         ) -> tuple[Read, PyTree]:
-            (logits, *others), hidden, cache = model.step_by_depth(params, tokens, cache, early, prefix, tree)
-            return Read(logits, Seen(hidden, tuple(others))), cache
+            said = model.block(params, tokens, cache, prefix, tree, early, attention=looks)
+            logits, *others = said.logits
+            attention = said.attention
+            if attention is not None and real is not None:
+                attention = jnp.where(jnp.repeat(real, rows // len(real), axis=0)[:, None], attention, 1.0)
+            return Read(logits, Seen(said.hidden, tuple(others), attention=attention)), said.cache
 
         return step, self._shard(cache)
 
@@ -355,6 +359,8 @@ def _check_shapes(
                 f"with it, branches={config.branches} must be 1, and method={config.method!r} one that looks at one "
                 "token at a time"
             )
+    if config.coverage and model.config.encoder is None:
+        raise ValueError(f"coverage={config.coverage} is of a source, and a decoder alone reads none; leave it at 0")
     if "candidates" in METHODS[config.method].options and config.candidates > model.config.vocab_size:
         raise ValueError(f"candidates={config.candidates} exceeds the vocabulary of {model.config.vocab_size} tokens")
     if config.proposer == "input_copy" and model.config.encoder is None:

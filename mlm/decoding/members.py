@@ -35,21 +35,24 @@ MEANS: Registry[Callable[[Array], Array]] = Registry(
 
 def averaged(members: Sequence[Opened], mean: str) -> Opened:
     """log mean_m softmax(logits_m), or mean_m log softmax(logits_m): a name out of `MEANS`. Its states are the first
-    member's. One member is itself.
+    member's, its attention the mean of theirs. One member is itself.
     """
     if len(members) == 1:
         return members[0]
 
     def join(*said: Read) -> Read:
         log_probs = jnp.stack([jax.nn.log_softmax(read.logits, axis=-1) for read in said])
-        return Read(MEANS[mean](log_probs), Seen(said[0].seen.hidden))
+        attention = None
+        if said[0].seen.attention is not None:
+            attention = jnp.mean(jnp.stack([read.seen.attention for read in said]), axis=0)
+        return Read(MEANS[mean](log_probs), Seen(said[0].seen.hidden, attention=attention))
 
     return _joined(members, join)
 
 
 def contrasted(model: Opened, other: Opened) -> Opened:
     """The model, whose `Seen.others` are the other one's logits."""
-    return _joined((model, other), lambda own, said: Read(own.logits, Seen(own.seen.hidden, (said.logits,))))
+    return _joined((model, other), lambda own, said: Read(own.logits, own.seen._replace(others=(said.logits,))))
 
 
 def told(opened: Opened, beginning: Int[Array, "R P"], lengths: Int[Array, "R"]) -> Opened:

@@ -48,6 +48,7 @@ class Seen(NamedTuple):
     hidden: Float[Array, "R D"]  # the decoder's state after the newest token
     others: tuple[Float[Array, "R V"], ...] = ()  # logits of what the model is contrasted with
     below: Float[Array, "R C D"] | None = None  # the states after each guess for the next token, in the tree's order
+    attention: Float[Array, "R S"] | None = None  # what it looks at in the source, if asked for; 1 at padding
 
 
 class Choice(NamedTuple):
@@ -65,7 +66,7 @@ class Decoded(NamedTuple):
     """Results per example, best first. A place that no hypothesis filled has length 0 and score NEG_INF."""
 
     tokens: Int[Array, "B n T"]  # prompt and EOS included; 0 beyond the length
-    scores: Float[Array, "B n"]  # nats; for beam search divided by the brevity penalty
+    scores: Float[Array, "B n"]  # nats; for beam search divided by the brevity penalty, coverage added
     lengths: Int[Array, "B n"]  # tokens
     passes: Int[Array, "B"]  # decoder passes made for the example, the prompt's not counted
 

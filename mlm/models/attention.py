@@ -192,10 +192,7 @@ class Attention(Sublayer):
         if self.spec.reads_memory:
             k, v = self.keys_values(view.memory)
             seen.append(Seen(k, v, view.memory_sight()))
-        by = view.attend
-        if "probabilities" in its.taps:  # which no other path ever holds
-            by = partial(attend, show=partial(its.tap, "probabilities"))
-        return self.attended(self.queries(h, view.positions), seen, its.rate, key, by), None
+        return self.attended(self.queries(h, view.positions), seen, its.rate, key, _path(view, its)), None
 
     def block(
         self, h: Float[Array, "R Q D"], slots: PyTree, kept: PyTree, view: View, its: Pass
@@ -207,7 +204,7 @@ class Attention(Sublayer):
             seen.append(Seen(slots["key"], slots["value"], self._sight(view)))
         if self.spec.reads_memory:
             seen.append(Seen(kept["key"], kept["value"], view.memory_sight()))
-        return self.attended(self.queries(h, view.positions), seen, 0.0, None, view.attend), slots
+        return self.attended(self.queries(h, view.positions), seen, 0.0, None, _path(view, its)), slots
 
     def kept(self, memory: SourceHidden | None, real: Bool[Array, "B S"] | None) -> PyTree:
         return dict(zip(("key", "value"), self.keys_values(memory), strict=True)) if self.spec.reads_memory else {}
@@ -271,6 +268,11 @@ class Attention(Sublayer):
         if position.kind != "rope" or positions is None:
             return x
         return rotate(x, positions, position)
+
+
+def _path(view: View, its: Pass) -> Attend:
+    """How this pass attends: where its weights are to be shown, by the plain path, as no other ever holds them."""
+    return partial(attend, show=partial(its.tap, "probabilities")) if "probabilities" in its.taps else view.attend
 
 
 def position_table(heads: int, spec: AttentionSpec, rngs: nnx.Rngs) -> nnx.Param:

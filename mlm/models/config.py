@@ -139,6 +139,16 @@ class StackConfig:
     def reads_memory(self) -> bool:
         return any(spec.reads_memory for spec in self.sublayers())
 
+    def last_reader(self) -> tuple[int, str]:
+        """(number of the last layer that reads the encoder's states, name of the tap of how it sees them)."""
+        readers = [
+            (number, f"{name}/probabilities")
+            for number, layer in enumerate(self.layer_specs())
+            for name, spec in zip(layer.names(), layer.sublayers, strict=True)
+            if spec.reads_memory
+        ]
+        return readers[-1]
+
     def seqpe(self) -> AttentionSpec | None:
         """The attention whose positions a reader spells, if there is one."""
         return next((s for s in self.attentions() if s.position.kind == "seqpe"), None)

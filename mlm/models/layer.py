@@ -94,19 +94,21 @@ class Layer(nnx.Module):
 
     def step(
         self, x: Float[Array, "R Q D"], cache: PyTree, view: View, its: Pass
-    ) -> tuple[Float[Array, "R Q D"], PyTree]:
-        """A block of Q new positions per row against the cache; returns the own slots with it written."""
+    ) -> tuple[Float[Array, "R Q D"], PyTree, dict[str, Array]]:
+        """A block of Q new positions per row against the cache; returns the own slots with it written, and taps."""
         written: dict[str, PyTree] = {}
+        taps: dict[str, Array] = {}
         for name in self.names:
             body = getattr(self, name)
 
             def run(h, body=body, name=name):
-                y, own = body.block(h, cache["self"].get(name, {}), cache["cross"].get(name, {}), view, its)
+                mine = _named(its, name, taps)
+                y, own = body.block(h, cache["self"].get(name, {}), cache["cross"].get(name, {}), view, mine)
                 written.update({name: own} if own else {})
                 return y
 
             x = self._around(x, body, run, lambda y: y, its)
-        return x, written
+        return x, written, taps
 
     def init_cache(
         self, memory: SourceHidden | None, real: Array | None, rows: int, length: int, block: int, dtype: Any

@@ -77,7 +77,9 @@ class Recurrent(Sublayer):
             )
         before = jnp.take_along_axis(slots["state"][:, 0], jnp.maximum(start - 1, 0), axis=1)
         first = jnp.where(start == 0, first[:, None], before)[:, 0]
-        states, contexts, _ = self._run(h, first[None], kept, mask)
+        states, contexts, weights = self._run(h, first[None], kept, mask, show="probabilities" in its.taps)
+        if weights is not None:
+            its.tap("probabilities", weights[:, None])
         return self._projected(states.astype(h.dtype), contexts), view.written(slots, {"state": states[:, None]})
 
     def kept(self, memory: SourceHidden | None, real: Bool[Array, "B S"] | None) -> PyTree:

@@ -295,11 +295,14 @@ class Stack:
         prefix: Bool[Array, "R Q"] | None = None,
         tree: Tree | None = None,
         early: tuple[int, ...] = (),
-    ) -> tuple[tuple[Float[Array, "R Q D"], ...], tuple[PyTree, ...]]:
-        """Final normed states of a block of Q positions per row, and the self slots with the block written.
+        attention: bool = False,
+    ) -> tuple[tuple[Float[Array, "R Q D"], ...], Float[Array, "R Q S"] | None, tuple[PyTree, ...]]:
+        """Final normed states of a block of Q positions per row, how they see the source, and the self slots with the
+        block written.
 
         prefix: positions of the block that see each other both ways. tree: of its nodes, whose depths are their places.
         early: numbers of layers; behind the final states stand those after so many layers (0: none), normed as these.
+        attention: whether to show how the last layer that reads the encoder's states sees them, mean of its heads.
         """
         config, frame = self.config, self._bind_frame(params)
         if tree is not None and not config.branches():
@@ -334,13 +337,19 @@ class Stack:
         to = cache["languages"][:, None] if "languages" in cache else None
         its = Pass(real=jnp.ones(rows.shape[:2], bool), placement=placement, cached=True, target_languages=to)
         x, written = self.enter(params, rows, at, its), []
-        after = [x]
-        for layer, own, cross in zip(self.layer_list(params), cache["self"], cache["cross"], strict=True):
-            x, updated = layer.step(x, {"self": own, "cross": cross}, view, its)
+        after, taps = [x], {}
+        reader, tap = config.last_reader() if attention else (-1, "")
+        for number, layer in enumerate(self.layer_list(params)):
+            mine = {"self": cache["self"][number], "cross": cache["cross"][number]}
+            asked = frozenset({tap} if number == reader else ())
+            x, updated, taken = layer.step(x, mine, view, replace(its, taps=asked))
             written.append(updated)
+            taps |= taken
             after.append(x)
+        # Under one softmax with the stack's own keys, the source's come last.
+        shown = jnp.mean(taps[tap][..., -source.shape[1] :], axis=1) if attention else None
         states = (x, *(after[number] for number in early))
-        return tuple(frame.final_norm(x, to) if config.final_norm else x for x in states), tuple(written)
+        return tuple(frame.final_norm(x, to) if config.final_norm else x for x in states), shown, tuple(written)
 
 
 def _multiplied(layer: Params, factors: Float[np.ndarray, "copies"]) -> Params:

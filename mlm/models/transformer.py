@@ -55,6 +55,17 @@ class Output(NamedTuple):
     positions: dict[str, Float[Array, ""]]
 
 
+class Block(NamedTuple):
+    """What a pass over a block of cached rows says. logits: of the final states, then of those after each number of
+    layers that was asked for. attention: in the last layer that reads the encoder's states, mean of its heads.
+    """
+
+    logits: tuple[Float[Array, "R Q V"], ...]
+    hidden: Float[Array, "R Q D"]
+    attention: Float[Array, "R Q S"] | None
+    cache: PyTree
+
+
 class Prediction(NamedTuple):
     """What a loss reads: -log p(target) = -log softmax(cap(states @ matrix + bias))[target] + within.nll.
 
@@ -385,27 +396,28 @@ class Transformer:
         so a caller commits n of the Q tokens by adding n to it, and rolls back by not adding. length + Q must not
         exceed the positions that the cache was made for.
         """
-        (logits,), hidden, cache = self.step_by_depth(params, tokens, cache, (), prefix, tree)
-        return logits, hidden, cache
+        said = self.block(params, tokens, cache, prefix, tree)
+        return said.logits[0], said.hidden, said.cache
 
-    def step_by_depth(
+    def block(
         self,
         params: Params,
         tokens: Int[Array, "R Q"],
         cache: PyTree,
-        early: tuple[int, ...],
         prefix: Bool[Array, "R Q"] | None = None,
         tree: Tree | None = None,
-    ) -> tuple[tuple[Float[Array, "R Q V"], ...], Float[Array, "R Q D"], PyTree]:
-        """As `step`, where the logits are followed by those that the head makes of the states after so many decoder
-        layers, one for each number of `early` (0: of the embeddings).
+        early: tuple[int, ...] = (),
+        attention: bool = False,
+    ) -> Block:
+        """As `step`, with more of what the pass says. early: for each of these counts of decoder layers (0: none) the
+        logits that the head makes of the states after so many. attention: whether that over the source is to be shown.
         """
         rows = self._rows(params, "decoder", tokens)
         stack = self._stacks["decoder"]
-        states, own = stack.step(params["decoder"], rows, cache, self.placement, prefix, tree, early)
+        states, shown, own = stack.step(params["decoder"], rows, cache, self.placement, prefix, tree, early, attention)
         to = cache["languages"][:, None] if "languages" in cache else None
         states = tuple(self._offset(params, x, to) for x in states)
-        return tuple(self.logits(params, x) for x in states), states[0], {**cache, "self": own}
+        return Block(tuple(self.logits(params, x) for x in states), states[0], shown, {**cache, "self": own})
 
     def _transformed(self, params: Params, hidden: Hidden) -> Hidden:
         return self._bind_ends(params).transform(hidden) if self.config.head.mlm_transform else hidden

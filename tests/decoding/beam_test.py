@@ -17,11 +17,11 @@ from mlm.decoding.state import NEG_INF, State
 EOS = 1
 
 
-def reference(tiny, source, beams, alpha, length, prompt=(), early_stop=True, groups=1, diversity=0.0):
+def reference(tiny, source, beams, alpha, length, prompt=(), early_stop=True, groups=1, diversity=0.0, bonus=None):
     """[(score, tokens)], best first: 2K candidates, K finished places, brevity penalty, live fallback.
 
     groups: such searches of beams / groups beams; at every position a token costs `diversity` for each beam of an
-    earlier group that chose it. (rank, log-probability, tokens) is a live hypothesis.
+    earlier group that chose it. (rank, log-probability, tokens) is a live hypothesis. bonus: of ended tokens.
     """
 
     def penalty(n):
@@ -39,6 +39,7 @@ def reference(tiny, source, beams, alpha, length, prompt=(), early_stop=True, gr
             ]
             candidates = sorted(candidates, key=lambda c: -c[0])[: 2 * beams]
             ended = [(score / penalty(len(tokens)), tokens) for _, score, tokens in candidates if tokens[-1] == EOS]
+            ended = [(score + (bonus(tokens) if bonus else 0.0), tokens) for score, tokens in ended]
             finished[group] = sorted(finished[group] + ended, key=lambda c: -c[0])[:beams]
             live[group] = [c for c in candidates if c[2][-1] != EOS][:beams]
             chosen.update(tokens[-1] for _, _, tokens in live[group])
