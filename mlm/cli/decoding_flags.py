@@ -41,7 +41,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes; `mlm decode list` names them"),
     "guesses": (int, "tokens guessed a pass (default 8)"),
     "branches": (int, "guesses behind a guess at most (default 1: a chain; more make a tree)"),
-    "mask_token": (int, "mask_block: id of the token that the drafter fills, train.mask_token of its run"),
+    "mask_token": (int, "mask_block: id of the token that the drafter fills (default: as its run was trained)"),
     "max_length": (int, "tokens at most (default: the targets_length of the run)"),
     "min_length": (int, "no end before this token (default 0)"),
 }
@@ -181,7 +181,14 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     given.pop("method", None)
     if flags.draft:
         drafting = "staged" if flags.ngram_text else "draft_model"
-        given.setdefault("proposer", drafting if given.get("mask_token") is None else "mask_block")
+        masks = _masks(flags.draft)
+        if masks is not None and masks.objective == "mask_block":
+            drafting = "mask_block"
+            if given.get("proposer", drafting) == drafting:
+                given.setdefault("mask_token", masks.mask_token)
+        elif given.get("mask_token") is not None:
+            drafting = "mask_block"
+        given.setdefault("proposer", drafting)
     elif flags.ngram_text:
         given.setdefault("proposer", "ngram_table")
     if flags.language_mask:
@@ -221,6 +228,15 @@ def _of_gin(files: Sequence[str]) -> dict[str, Any]:
     configuration.bind("decode", DecodeConfig)
     configuration.resolve(files, [])
     return configuration.bound("decode")
+
+
+def _masks(draft: str) -> Any:
+    """What the run of a draft learned to fill, if anything; where there is no run, `load` will say so."""
+    from mlm.checkpoints.run_directory import RunDirectory
+    from mlm.session.masks import Masks
+
+    run = RunDirectory(draft)
+    return Masks.of_run(run.read_json("data.json")) if (run / "data.json").exists() else None
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("evaluate", "score and decode tasks with a trained model"),
     "infer": ("infer", "decode a file of lines into JSON lines, resumable"),
     "generate": ("generate", "decode one text"),
+    "fill": ("fill", "fill the blanks of a text, in any order"),
     "decode": ("decode", "list the ways to decode: methods, processors, proposers"),
     "decode-sweep": ("decode_sweep", "compare methods over grids of their options: best, default, spread, tokens/s"),
     "report": ("report", "write report.html, report.md and report.json of a run"),

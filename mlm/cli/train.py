@@ -406,8 +406,11 @@ def _describe_run(plan: Plan, directory: Any, trainer: Any, rows: Any, config_te
         "evaluation_split": plan.evaluation_split,
         "task_modules": list(plan.task_modules),
     }
-    template = rows.config.template
-    directory.write_json("data.json", data if template is None else {**data, "template": template.to_json()})
+    if (template := rows.config.template) is not None:
+        data["template"] = template.to_json()
+    if (masks := plan.train.masks) is not None:
+        data["masks"] = masks
+    directory.write_json("data.json", data)
     if plan.initial and not start:
         _keep_origin(Path(plan.initial).expanduser(), directory)
 

@@ -30,6 +30,18 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
+class Filled:
+    """text: the template with its blanks filled. tokens: all, EOS included. blanks: how many there were. passes: of the
+    decoder, at most one a blank.
+    """
+
+    text: str
+    tokens: list[int]
+    blanks: int
+    passes: int
+
+
+@dataclass(frozen=True)
 class Source:
     """tokens: what the encoder reads. trimmed: the text was longer than the model's inputs, and lost its end."""
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Key
 from mlm.checkpoints.run_directory import RunDirectory
 from mlm.data.prompts import USUAL_FORM, Example, Format, Pool
 from mlm.data.templates import FROM, TO, Frame
+from mlm.decoding.any_subset import Filler
 from mlm.decoding.config import PHRASES, DecodeConfig
 from mlm.decoding.generate import Generator
 from mlm.decoding.ngrams import Trigrams
@@ -26,7 +27,7 @@ from mlm.models.transformer import Transformer
 from mlm.registry import nearest
 from mlm.session.language_control import against, by_language, token_counts
 from mlm.session.reading import Reader
-from mlm.session.records import Asked, Hypothesis, Ranked, Source
+from mlm.session.records import Asked, Filled, Hypothesis, Ranked, Source
 from mlm.trees import count
 from mlm.types import EOS_ID, Params
 
@@ -70,6 +71,7 @@ class Session(Reader):
         self.table = table
         self._generators: dict[tuple[DecodeConfig, int | None], Generator] = {}
         self._scorers: dict[tuple[int | None, float], Scorer] = {}
+        self._fillers: dict[tuple, Filler] = {}
         self._embedder = Embedder(model, rows=rows, batch_size=batch_size)
         self._companions: dict[str, Session] = {}
         self._token_losses = TokenLosses(model, rows=rows)
@@ -184,7 +186,7 @@ class Session(Reader):
         options = options | ({"avoid": True} if "avoid" in told else {})
         generator = self.generator(method, options, frame.start)
         masks = generator.config.language_mask or generator.config.language_bias > 0
-        languages = self._languages(to, len(sources), masks) if languages is None else languages
+        languages = self.language_ids(to, len(sources), masks) if languages is None else languages
         numbers = range(len(sources)) if ids is None else ids
         return Asked(self, generator, frame, to, from_, language_token, sources, numbers, languages, told, other)
 
@@ -215,6 +217,45 @@ class Session(Reader):
             )
         ]
 
+    def fill(
+        self,
+        templates: str | Sequence[str],
+        sources: str | Sequence[str] | None = None,
+        to: str | None = None,
+        *,
+        from_: str | None = None,
+        language_token: str | None = None,
+        mask_token: int | str | None = None,
+        ids: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[Filled]:
+        """Templates with a token in place of each blank, by a run that learned to write in any order (train.any_order).
+
+            run.fill("Le <extra_id_0><extra_id_0> dort.", "The cat sleeps.", to="fr")[0].text
+
+        A blank is the run's mask token (mask_token: its name or id, where the run does not say). sources: what the
+        encoder reads, a text for each template. options: block, temperature and seed of `decoding.any_subset.Filler`.
+        Raises ValueError for a template without a blank or longer than the run's targets, and for another kind of run.
+        """
+        from mlm.session.masks import fill
+
+        blanks = [templates] if isinstance(templates, str) else templates
+        texts = [sources] if isinstance(sources, str) else sources
+        frame = self.frame(to, from_, language_token)
+        read = None if texts is None else self._encode(texts, to, frame)
+        return fill(self, frame, blanks, read, mask_token, self.language_ids(to, len(blanks)), ids, **options)
+
+    def filler(self, mask_token: int, **options: Any) -> Filler:
+        """What fills this token. options: see `fill`. Raises ValueError for an unknown one, or one out of range."""
+        known = ("block", "temperature", "seed")
+        if wrong := next((name for name in options if name not in known), None):
+            raise ValueError(f"no option {wrong!r} of filling; {nearest(wrong, known)}")
+        key = (mask_token, *sorted(options.items()))
+        if key not in self._fillers:
+            made = {"rows": self.rows, "batch_size": self._batch_size, **options}
+            self._fillers[key] = Filler(self._starting_with(None), mask_token=mask_token, **made)
+        return self._fillers[key]
+
     def score(
         self,
         pairs: Iterable[tuple[str, str]],
@@ -232,7 +273,7 @@ class Session(Reader):
         frame, pairs = self.frame(to, from_, language_token), list(pairs)
         sources = [s.tokens for s in self._encode([source for source, _ in pairs], to, frame, empty)]
         targets = [[*frame.prompt, *self._tokens(i, "target", t, to, empty), EOS_ID] for i, (_, t) in enumerate(pairs)]
-        return self.log_probs(frame, sources, targets, self._languages(to, len(sources)))
+        return self.log_probs(frame, sources, targets, self.language_ids(to, len(sources)))
 
     def log_probs(
         self,
@@ -252,7 +293,7 @@ class Session(Reader):
         to: the language to be written, which the encoder of a language-aware model is told.
         """
         sources = [s.tokens for s in self._encode(texts, to, self.frame(to), empty=True)]
-        return self._embedder(self.params, sources, self._languages(to, len(sources)))
+        return self._embedder(self.params, sources, self.language_ids(to, len(sources)))
 
     def companion(self, run_dir: str) -> "Session":
         """Another run, loaded once onto the same devices: its latest checkpoint."""
@@ -432,7 +473,7 @@ class Session(Reader):
 
         return jax.jit(fresh, out_shardings=placed)(jax.random.key(seed))
 
-    def _languages(self, to: str | None, count: int, asked: bool = False) -> list[int] | None:
+    def language_ids(self, to: str | None, count: int, asked: bool = False) -> list[int] | None:
         """The id of the language to be written, once per text; None where none is named, or no model asks."""
         from mlm.data.languages import language_id
 
@@ -446,8 +487,10 @@ class Session(Reader):
 
     def generator(self, method: str, options: Mapping[str, Any], start: int | None = None) -> Generator:
         """start: what the decoder reads first, where not the model's own. Raises ValueError for an encoder alone."""
+        from mlm.session.masks import with_mask_token
         from mlm.session.phrases import spellings
 
+        options = with_mask_token(options, self.vocabulary, self.draft)
         told = {name: spellings(self.vocabulary, name, options[name]) for name in PHRASES if name in options}
         try:
             config = DecodeConfig(**{"method": method, "max_length": self.data["targets_length"], **options, **told})

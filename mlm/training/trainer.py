@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import optax
@@ -73,6 +74,15 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.ema_decay={self.ema_decay} must be in [0, 1); T5 runs use 0, EMA runs 0.999")
         if self.on_nonfinite not in NONFINITE:
             raise ValueError(f"TrainConfig.on_nonfinite={self.on_nonfinite!r}: {nearest(self.on_nonfinite, NONFINITE)}")
+
+    @property
+    def masks(self) -> dict[str, Any] | None:
+        """What must be known to decode with a run that learned to fill masks, for its `data.json`; None: it did not."""
+        if self.any_order is not None:
+            return {"objective": "any_order", "mask_token": self.any_order.mask_token}
+        if self.mask_token is None:
+            return None
+        return {"objective": self.objective, "mask_token": self.mask_token, "block": self.block}
 
 
 OptimizerFactory = Callable[[PyTree, PyTree], optax.GradientTransformation]  # (parameter axes, shapes) -> optimizer
