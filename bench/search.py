@@ -4,7 +4,8 @@
 
 Ambiguous: a model is trained here on sources of four words, each of which may be written in one of four styles (with
 0.4, 0.3, 0.2 and 0.1 of the lines), and ends in one of eight flourishes. Counted are the styles among the best four
-results: by beam search, whose four are mostly flourishes of one style, and by diverse beam search, each group of one.
+results: by beam search, whose four are mostly flourishes of one style, and by diverse beam search, each group of one,
+at both strengths of diversity that its papers use.
 Phrases: of unseen lines two words of the reference must be held, ten beams; counted is who holds them, and how many
 words are the reference's. Agreement (needs a trained run, as `make run` leaves it): chrF of translations by one sample,
 by the most probable of the samples, by minimum Bayes risk with chrF over them, and by greedy and beam search.
@@ -74,10 +75,14 @@ def trained(steps):
 
 def ambiguous(model, params, sources):
     """Rows, and how many times more styles diverse beam search finds."""
-    ways = {
-        "beam": {"method": "beam"},
-        "diverse_beam, 2 groups": {"method": "diverse_beam", "groups": 2},
-        "diverse_beam, 4 groups": {"method": "diverse_beam", "groups": 4},
+    diverse = [(groups, diversity) for groups in (2, 4) for diversity in (0.5, 1.0)]
+    ways = {"beam": {"method": "beam"}} | {
+        f"diverse_beam, {groups} groups, {diversity:g} nats": {
+            "method": "diverse_beam",
+            "groups": groups,
+            "diversity": diversity,
+        }
+        for groups, diversity in diverse
     }
     rows = []
     for name, way in ways.items():
