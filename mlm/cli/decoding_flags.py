@@ -17,7 +17,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "n_best": (int, "sample and beams: results per text (default 1)"),
     "candidates": (int, "contrastive_search, fsd, fsd_d: most probable tokens to choose of (default 5)"),
     "penalty_alpha": (float, "the same: weight of the penalty on repetition (default 0.6; fsd: 0.4)"),
-    "ngram": (int, "fsd, fsd_d: tokens of an n-gram that is penalised (default 2; fsd_d: 3)"),
+    "ngram": (int, "fsd, fsd_d, lexical_units: tokens of an n-gram that is not to come twice (default 3; fsd: 2)"),
     "smoothing": (float, "fsd_d: weight of n-grams against shorter ones (default 0.9)"),
     "temperature": (float, "sample: below 1 sharper, above 1 flatter (default 1)"),
     "top_k": (int, "sample: from the k most probable tokens (default 0, off)"),
@@ -38,9 +38,16 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "no_repeat_ngram": (int, "no n-gram of this size twice (default 0, off)"),
     "seed": (int, "sample: seed (default 0)"),
     "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes; `mlm decode list` names them"),
-    "guesses": (int, "tokens guessed a pass (default 8)"),
+    "guesses": (int, "tokens guessed a pass; lexical_units: placeholders (default 8)"),
     "branches": (int, "guesses behind a guess at most (default 1: a chain; more make a tree)"),
-    "mask_token": (int, "mask_block: id of the token that the drafter fills, train.mask_token of its run"),
+    "mask_token": (
+        int,
+        "mask_block, lexical_units: id of the token that the drafter, or the model, fills, train.mask_token of its run",
+    ),
+    "threshold": (
+        float,
+        "lexical_units: probability above which a token behind a placeholder is taken (default 0.9; 1 is greedy)",
+    ),
     "max_length": (int, "tokens at most (default: the targets_length of the run)"),
     "min_length": (int, "no end before this token (default 0)"),
 }
