@@ -38,8 +38,8 @@ class TrainConfig:
     head (None: chosen from the sizes). candidates: tokens that a training step normalises over, the targets of the
     microbatch and the `neighbours` nearest to each (None: all; `objectives.candidates`), so that its loss is a lower
     bound of that of an evaluation, which takes all. block, mask_token: of objectives "mask_block" and "lexical_units",
-    how many targets are predicted at once (at most), and the token that stands for them. unit_threshold: of
-    "lexical_units", the least probability of a target that is one of several. any_order: the decoder learns to write
+    how many targets are predicted at once, and the token that stands for them. unit_threshold: of "lexical_units", the
+    least probability of each target of a unit. any_order: the decoder learns to write
     in any order, of targets that are masked anew in every step; an evaluation masks as the last steps do, the same
     every time.
     ema_decay: 0 keeps no mean. on_nonfinite: "stop" the run, or "skip" the update and count it. precision of
@@ -78,7 +78,7 @@ class TrainConfig:
             )
         units = self.objective == "lexical_units"
         if units and self.block == 1:
-            raise ValueError("TrainConfig.block=1 hides nothing of a unit; objective='lexical_units' needs 2 or more")
+            raise ValueError("TrainConfig.block=1 hides no target; objective='lexical_units' needs 2 or more")
         if not 0.0 < self.unit_threshold < 1.0:
             raise ValueError(f"TrainConfig.unit_threshold={self.unit_threshold} must be in (0, 1), as 0.9")
         if self.unit_threshold != TrainConfig.unit_threshold and not units:

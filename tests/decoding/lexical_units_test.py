@@ -226,7 +226,7 @@ def test_an_n_gram_that_comes_again_waits_for_the_next_pass():
     assert spelled([3] * 6, 7, ngram=1) == ([3] * 6, 6)
 
 
-WORDS, STARTS = 5, np.arange(3, 8)  # five words of three tokens: w, w + 5, w + 10
+WORDS = 5  # of three tokens each: w, w + 5, w + 10
 
 
 def texts(seed, rows):
@@ -244,8 +244,8 @@ def texts(seed, rows):
 
 
 def test_a_trained_model_saves_passes_and_gives_quality_for_more():
-    """One that learned text and units at once. Words are spelled out behind their first token at any threshold that is
-    not near 1; a word that follows with 0.75 is guessed ahead below that alone.
+    """One that learned text and units at once: at 0.9 all words are spelled as by greedy search, in half of its passes;
+    below that it pays for passes with words.
     """
     config = t5_style(vocab_size=24, d_model=32, d_ff=64, heads=2, head_dim=16, layers=(1, 2))
     train = TrainConfig(steps=400, objective="lexical_units", block=9, mask_token=MASK, z_loss=0.0)
@@ -256,23 +256,21 @@ def test_a_trained_model_saves_passes_and_gives_quality_for_more():
         state, metrics = trainer.step(state, global_batch(texts(step, 32), trainer.mesh))
         shares.append(float(metrics["placeholders"][0] / metrics["placeholders"][1]))
     assert shares[0] == 0.0  # nothing is sure at first
-    assert np.mean(shares[-20:]) > 0.05
-    spelled_right, passes, agreeing = {}, {}, {}
-    for threshold in (1.0, 0.9, 0.5, 0.1, 0.0):
+    assert np.mean(shares[-20:]) > 0.1
+    passes, right = [], []
+    for threshold in (1.0, 0.9, 0.6, 0.0):
         options = {"method": "lexical_units", "mask_token": MASK, "threshold": threshold, "ngram": 9}
         generator = Generator(trainer.model, DecodeConfig(max_length=9, min_length=9, **options))
         found = generator(state.params, [[3 + w] for w in range(WORDS)])
         words = found.tokens[:, 0].reshape(-1, 3)
-        spelled_right[threshold] = float(np.mean((words[:, 1:] == words[:, :1] + [WORDS, 2 * WORDS]).all(1)))
-        passes[threshold] = float(found.passes.mean())
-        agreeing[threshold] = found.tokens
-        print(threshold, passes[threshold], spelled_right[threshold], float(np.mean(found.tokens == agreeing[1.0])))
-    assert passes[1.0] == 9
-    order = [passes[t] for t in (1.0, 0.9, 0.5, 0.1, 0.0)]
-    assert order == sorted(order, reverse=True)
-    assert spelled_right[0.9] == spelled_right[1.0] == 1.0
-    assert passes[0.9] <= 6
-    assert passes[0.0] < passes[0.9]
+        passes.append(float(found.passes.mean()))
+        right.append(float(np.mean((words[:, 1:] == words[:, :1] + [WORDS, 2 * WORDS]).all(axis=1))))
+    assert passes == sorted(passes, reverse=True)
+    assert passes[0] == 9
+    assert passes[1] < 6
+    assert passes[3] == 1
+    assert right[:2] == [1.0, 1.0]
+    assert min(right) > 0.7
 
 
 @pytest.mark.parametrize(
