@@ -59,6 +59,12 @@ def test_guesses_change_nothing(tiny_run, session, one_device):
         session.generate("a", proposer="draft_model")
 
 
+def test_lexical_units_at_threshold_1_are_greedy_search(session):
+    plain = session.decode(TEXTS, to="fr")
+    found = session.decode(TEXTS, to="fr", method="lexical_units", mask_token=5, threshold=1.0, guesses=2)
+    assert [best.tokens for (best,) in found] == [best.tokens for (best,) in plain]
+
+
 def test_a_decoder_alone_goes_on(tiny_run, tmp_path, one_device):
     """Behind its start token it reads the text; the answer is what follows, and a limit counts both."""
     from mlm.checkpoints import Checkpointer

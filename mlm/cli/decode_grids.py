@@ -9,7 +9,7 @@ A method that stands in `METHODS` without a grid here is tried at its defaults.
 import ast
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mlm.cli.main import UsageError
@@ -66,7 +66,7 @@ def parse_grid(text: str) -> tuple[str, Grid]:
     if method not in METHODS:
         raise UsageError(f"--grid={text!r}: no decoding method named {method!r}; {nearest(method, METHODS)}")
     grid: dict[str, tuple] = {}
-    defaults = DecodeConfig(method=method)
+    defaults = {**{field.name: field.default for field in fields(DecodeConfig)}, **METHODS[method].defaults}
     for part in filter(None, map(str.strip, rest.split(";"))):
         name, equals, values = (piece.strip() for piece in part.partition("="))
         allowed = [option for option in (*ALWAYS, *METHODS[method].options) if option != "method"]
@@ -75,23 +75,27 @@ def parse_grid(text: str) -> tuple[str, Grid]:
         if name == "seed":
             raise UsageError(f"--grid={text!r}: seeds are averaged over, not compared; say --seeds 5")
         if not equals or not values:
-            raise UsageError(f"--grid={text!r}: {name} needs values, as {name}={getattr(defaults, name)}")
-        grid[name] = tuple(_value(name, value.strip(), getattr(defaults, name), text) for value in values.split(","))
+            raise UsageError(f"--grid={text!r}: {name} needs values, as {name}={defaults[name]}")
+        grid[name] = tuple(_value(name, value.strip(), defaults[name], text) for value in values.split(","))
     return method, grid
 
 
 def settings(method: str, grids: Iterable[Grid]) -> list[Setting]:
-    """The method's defaults, then every point of its grids, each once.
+    """The method's defaults, then every point of its grids, each once; a method that needs more than defaults is tried
+    where its grids say it.
 
     Raises UsageError for a point that the method does not take.
     """
     found: dict[DecodeConfig, Setting] = {}
+    grids = list(grids)
     for grid in ({}, *grids):
         for values in itertools.product(*grid.values()):
             options = {n: v for n, v in zip(grid, values, strict=True) if v != getattr(DEFAULTS, n)}
             try:
                 found.setdefault(DecodeConfig(method=method, **options), Setting(method, options))
             except ValueError as error:
+                if not grid and grids:
+                    continue
                 raise UsageError(f"{Setting(method, options)}: {error}") from error
     return list(found.values())
 

@@ -18,7 +18,7 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "n_best": (int, "sample and beams: results per text (default 1)"),
     "candidates": (int, "contrastive_search, fsd, fsd_d: most probable tokens to choose of (default 5)"),
     "penalty_alpha": (float, "the same: weight of the penalty on repetition (default 0.6; fsd: 0.4)"),
-    "ngram": (int, "fsd, fsd_d: tokens of an n-gram that is penalised (default 2; fsd_d: 3)"),
+    "ngram": (int, "fsd, fsd_d, lexical_units: tokens of an n-gram that is not to come twice (default 3; fsd: 2)"),
     "smoothing": (float, "fsd_d: weight of n-grams against shorter ones (default 0.9)"),
     "temperature": (float, "sample: below 1 sharper, above 1 flatter (default 1)"),
     "top_k": (int, "sample: from the k most probable tokens (default 0, off)"),
@@ -39,9 +39,17 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "no_repeat_ngram": (int, "no n-gram of this size twice (default 0, off)"),
     "seed": (int, "sample: seed (default 0)"),
     "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes; `mlm decode list` names them"),
-    "guesses": (int, "tokens guessed a pass (default 8)"),
+    "guesses": (int, "tokens guessed a pass; lexical_units: placeholders (default 8)"),
     "branches": (int, "guesses behind a guess at most (default 1: a chain; more make a tree)"),
-    "mask_token": (int, "mask_block: id of the token that the drafter fills (default: as its run was trained)"),
+    "mask_token": (
+        int,
+        "mask_block, lexical_units: id of the token that the drafter, or the model, fills (default: as its run was "
+        "trained)",
+    ),
+    "threshold": (
+        float,
+        "lexical_units: probability above which a token behind a placeholder is taken (default 0.9; 1 is greedy)",
+    ),
     "max_length": (int, "tokens at most (default: the targets_length of the run)"),
     "min_length": (int, "no end before this token (default 0)"),
 }
@@ -179,16 +187,12 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     given = filed | {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
     method = flags.method or given.pop("method", "greedy")
     given.pop("method", None)
+    if method == "lexical_units":
+        _learned(flags.run_dir, method, given)
     if flags.draft:
+        blocks = given.get("proposer", "mask_block") == "mask_block" and _learned(flags.draft, "mask_block", given)
         drafting = "staged" if flags.ngram_text else "draft_model"
-        masks = _masks(flags.draft)
-        if masks is not None and masks.objective == "mask_block":
-            drafting = "mask_block"
-            if given.get("proposer", drafting) == drafting:
-                given.setdefault("mask_token", masks.mask_token)
-        elif given.get("mask_token") is not None:
-            drafting = "mask_block"
-        given.setdefault("proposer", drafting)
+        given.setdefault("proposer", "mask_block" if blocks or given.get("mask_token") is not None else drafting)
     elif flags.ngram_text:
         given.setdefault("proposer", "ngram_table")
     if flags.language_mask:
@@ -230,13 +234,17 @@ def _of_gin(files: Sequence[str]) -> dict[str, Any]:
     return configuration.bound("decode")
 
 
-def _masks(draft: str) -> Any:
-    """What the run of a draft learned to fill, if anything; where there is no run, `load` will say so."""
+def _learned(run_dir: str, objective: str, options: dict[str, Any]) -> bool:
+    """Whether the run says that it learned to fill masks by this objective; its mask token then joins the options."""
     from mlm.checkpoints.run_directory import RunDirectory
     from mlm.session.masks import Masks
 
-    run = RunDirectory(draft)
-    return Masks.of_run(run.read_json("data.json")) if (run / "data.json").exists() else None
+    run = RunDirectory(run_dir)
+    masks = Masks.of_run(run.read_json("data.json")) if (run / "data.json").exists() else None  # `load` misses a run
+    if masks is None or masks.objective != objective:
+        return False
+    options.setdefault("mask_token", masks.mask_token)
+    return True
 
 
 def _numbers(text: str) -> tuple[int, ...]:

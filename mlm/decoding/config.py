@@ -11,6 +11,7 @@ from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.constrained import ConstrainedBeam
 from mlm.decoding.coverage import CoveredBeam
 from mlm.decoding.guided import Value, ValueGuidedBeam
+from mlm.decoding.lexical_units import LexicalUnits
 from mlm.decoding.members import MEANS
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.proposers import PROPOSERS
@@ -98,6 +99,12 @@ METHODS: Registry[Method] = Registry(
         "a probable token that the n-grams written so far make improbable (Yang et al. 2023)",
         {"penalty_alpha": 0.6, "ngram": 3},
     ),
+    lexical_units=Method(
+        lambda c: LexicalUnits(_told(c.mask_token), c.guesses, c.threshold, _told(c.ngram)),
+        ("guesses", "mask_token", "threshold", "ngram"),
+        "greedy, several tokens a pass where a model trained by objective lexical_units is sure (Sun et al. 2024)",
+        {"ngram": 3},
+    ),
 )
 # What forbids tokens and reshapes nothing means something to every method.
 ALWAYS = (
@@ -137,7 +144,7 @@ class DecodeConfig:
     valued: int = 10  # value_guided_beam: tokens of every beam that are given a value
     candidates: int = 5  # contrastive_search, fsd, fsd_d: most probable tokens that one is chosen of
     penalty_alpha: float | None = None  # the same: weight of the penalty, 0 is greedy; None: the method's own default
-    ngram: int | None = None  # fsd, fsd_d: tokens of the n-grams that may not come again; None: the same
+    ngram: int | None = None  # fsd, fsd_d, lexical_units: tokens of the n-grams that may not come again; None: the same
     smoothing: float = 0.9  # fsd_d: weight of n-grams against shorter ones
     temperature: float = 1.0
     top_k: int = 0  # 0: off
@@ -161,9 +168,10 @@ class DecodeConfig:
     ensemble_mean: str = "probabilities"  # of several models, out of `MEANS`
     seed: int = 0
     proposer: str = "none"  # who guesses tokens ahead, out of `PROPOSERS`; results are the same, passes are fewer
-    guesses: int = 8  # tokens guessed a pass
+    guesses: int = 8  # tokens guessed a pass; lexical_units: placeholders
     branches: int = 1  # guesses behind a guess at most: 1 makes a chain of them, more a tree
-    mask_token: int | None = None  # mask_block: the token that its drafter was trained to fill
+    mask_token: int | None = None  # mask_block, lexical_units: the token that drafter or model was trained to fill
+    threshold: float = 0.9  # lexical_units: probability above which a token behind a placeholder is taken; 1 is greedy
 
     def __post_init__(self):
         allowed = (*ALWAYS, *METHODS[self.method].options)
@@ -181,8 +189,9 @@ class DecodeConfig:
         self._check_contrasts()
         MEANS[self.ensemble_mean]
         proposer = PROPOSERS[self.proposer]
+        guessing = proposer.options if "proposer" in allowed else allowed  # a method without proposers guesses itself
         for name in ("guesses", "branches", "mask_token"):
-            if name not in proposer.options and getattr(self, name) != getattr(type(self), name):
+            if name not in guessing and getattr(self, name) != getattr(type(self), name):
                 able = [able for able, kind in PROPOSERS.items() if name in kind.options]
                 raise ValueError(
                     f"{name}={getattr(self, name)} means nothing to proposer={self.proposer!r}; name one of {able}"
@@ -204,11 +213,8 @@ class DecodeConfig:
                     f"{name}={phrases!r} must be a tuple of phrases, each a tuple of one token id or more, as "
                     "((17, 4), (23,))"
                 )
-        if "mask_token" in proposer.options and not _integer(1)(self.mask_token):
-            raise ValueError(
-                f"mask_token={self.mask_token!r} must be an integer of at least 1 (0 is padding): proposer="
-                f"{self.proposer!r} needs the token that its drafter was trained to fill, train.mask_token of that run"
-            )
+        if "mask_token" in proposer.options or self.method == "lexical_units":
+            self._check_mask_token()
         if self.min_length > self.max_length:
             raise ValueError(f"min_length={self.min_length} exceeds max_length={self.max_length}")
         if self.method == "diverse_beam" and self.beams % self.groups:
@@ -222,6 +228,16 @@ class DecodeConfig:
         """For JSON: a function by its name."""
         told = dataclasses.asdict(self)
         return told | {n: getattr(v, "__qualname__", repr(v)) for n, v in told.items() if callable(v)}
+
+    def _check_mask_token(self) -> None:
+        if not _integer(1)(self.mask_token):
+            who = f"proposer={self.proposer!r} needs the token that its drafter"
+            if self.method == "lexical_units":
+                who = "method='lexical_units' needs the token that the model"
+            raise ValueError(
+                f"mask_token={self.mask_token!r} must be an integer of at least 1 (0 is padding): {who} was trained to "
+                "fill, train.mask_token of that run"
+            )
 
     def _check_contrasts(self) -> None:
         layers = self.dola_layers
@@ -264,7 +280,7 @@ class DecodeConfig:
     @property
     def _ahead(self) -> int:
         if isinstance(selector := self.selector(), Proposer):
-            return selector.tree.size
+            return selector.tree.size + selector.lag
         return PROPOSERS[self.proposer].blocks * (self.guesses + 1)
 
     def processors(self) -> tuple[Processor, ...]:
@@ -313,6 +329,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("contrast_beta", "at least 0", lambda v: 0 <= v < float("inf")),
     ("no_repeat_ngram", "an integer of at least 0 (0: off)", _integer(0)),
     ("guesses", "an integer of at least 1", _integer(1)),
+    ("threshold", "in [0, 1] (1: greedy)", lambda v: 0 <= v <= 1),
     ("branches", "an integer of at least 1", _integer(1)),
     ("seed", "an integer of at least 0", _integer(0)),
 )

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mlm.decoding.state import EOS_ALONE, Choice, Extend, Processor, Proposer, Read, Selector, State, Step, newest
 from mlm.models.tree import Tree
-from mlm.types import EOS_ID, PyTree
+from mlm.types import EOS_ID, PAD_ID, PyTree
 
 
 def extension(selector: Selector, processors: tuple[Processor, ...], stop: tuple[tuple[int, ...], ...]) -> Extend:
@@ -18,37 +18,65 @@ def extension(selector: Selector, processors: tuple[Processor, ...], stop: tuple
 
 def advance(state: State, *, step: Step, extend: Extend, proposer: Proposer) -> State:
     """One pass: every row that is not done grows by one token, and by one more for each guess that is right."""
-    tree, active, before = proposer.tree, ~state.done, state.length
+    tree, lag, active, before = proposer.tree, proposer.lag, ~state.done, state.length
     guesses, own = proposer.propose(state, extend)
-    block = jnp.concatenate([state.pending[:, None], jnp.maximum(guesses, 0)], axis=1)
-    read, cache = step(block, state.cache, tree=None if tree.is_chain else tree)
+    if lag:
+        read, cache = _catching_up(state, guesses, step)
+    else:
+        block = jnp.concatenate([state.pending[:, None], jnp.maximum(guesses, 0)], axis=1)
+        read, cache = step(block, state.cache, tree=None if tree.is_chain else tree)
     state = state._replace(cache=cache, passes=state.passes + active)
     path = jnp.zeros((before.size, 1), jnp.int32)
     if tree.size == 1:
         state = _chosen(state, read, tree, path[:, 0], active, extend)
     else:
-        state, path = _walk(state._replace(cache=None), read, guesses, tree, active, extend)
+        state, path = _walk(state._replace(cache=None), read, None if lag else guesses, tree, active, extend)
     grown = state.length - before
     if tree.size > 1:
         state = state._replace(cache=along(cache, tree, path))
-    cache = {**state.cache, "length": state.cache["length"] + grown}
+    # Behind what stood for a token its key is not the token's: what was taken there is read by the next pass.
+    kept = jnp.minimum(before + 1, state.length) if lag else state.cache["length"] + grown
+    cache = {**state.cache, "length": kept}
     return state._replace(cache=cache, proposal=proposer.observe(own, grown, path, read.seen))
 
 
+def _catching_up(state: State, guesses: Int[Array, "R W"], step: Step) -> tuple[Read, PyTree]:
+    """A pass over what is not read yet, at most W tokens before the pending one, and that one, and W guesses; what it
+    says of the last W + 1. A row that has less to read has places left behind its guesses, which nothing counts.
+    """
+    width, start = guesses.shape[1], state.cache["length"]
+    at = start[:, None] + jnp.arange(2 * width + 1)
+    read = jnp.pad(state.tokens, ((0, 0), (1, 0)), constant_values=PAD_ID)  # the decoder's input is shifted right
+    told = jnp.take_along_axis(read, jnp.minimum(at, read.shape[1] - 1), axis=1)
+    ahead = at - state.length[:, None]  # of the pending token
+    guess = jnp.take_along_axis(guesses, jnp.clip(ahead - 1, 0, width - 1), axis=1)
+    said, cache = step(jnp.where(ahead <= 0, told, guess), state.cache, tree=None)
+
+    def last(x: Float[Array, "R Q *s"]) -> Float[Array, "R _ *s"]:
+        return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, width + 1))(x, state.length - start)
+
+    return jax.tree.map(last, said), cache
+
+
 def _walk(
-    state: State, read: Read, guesses: Int[Array, "R W"], tree: Tree, active: Bool[Array, "R"], extend: Extend
+    state: State, read: Read, guesses: Int[Array, "R W"] | None, tree: Tree, active: Bool[Array, "R"], extend: Extend
 ) -> tuple[State, Int[Array, "R N"]]:
-    """Rows grow from the root on, each until none of the guesses that follow is what it chooses; nodes on the way."""
+    """Rows grow from the root on, each until none of the guesses that follow is what it chooses, or it waits; nodes on
+    the way. guesses None: whatever is chosen follows.
+    """
     children = jnp.asarray(tree.children)
-    guessed = jnp.concatenate([state.pending[:, None], guesses], axis=1)
+    guessed = None if guesses is None else jnp.concatenate([state.pending[:, None], guesses], axis=1)
 
     def visit(carry: tuple[State, Array, Array], _: None) -> tuple[tuple[State, Array, Array], Array]:
         state, node, active = carry
+        length = state.length
         state = _chosen(state, read, tree, node, active, extend)
         below = children[node]
-        right = (jnp.take_along_axis(guessed, below, axis=1) == state.pending[:, None]) & (below > 0)
+        right = below > 0
+        if guessed is not None:
+            right = (jnp.take_along_axis(guessed, below, axis=1) == state.pending[:, None]) & right
         follows = jnp.max(jnp.where(right, below, 0), axis=1)
-        return (state, follows, active & ~state.done & (follows > 0)), node
+        return (state, follows, active & (state.length > length) & ~state.done & (follows > 0)), node
 
     first = (state, jnp.zeros_like(state.length), active)
     (state, _, _), path = jax.lax.scan(visit, first, None, length=int(tree.depth.max()) + 1)

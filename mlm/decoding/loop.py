@@ -9,7 +9,8 @@
 Rows have their own lengths, prompts and limits; the loop ends when all are done. Nothing in it depends on how many rows
 there are or who the neighbours are. Guesses change the number of passes alone: at every position the selector reads the
 same logits, the same past and the same noise as without them, so also a drawn text is the same, token by token (shared
-noise in place of rejection sampling: Daliri et al. 2025, arXiv:2408.07978).
+noise in place of rejection sampling: Daliri et al. 2025, arXiv:2408.07978). The one exception is a method that says so,
+`lexical_units`: its selector takes tokens behind placeholders.
 """
 
 from collections.abc import Mapping

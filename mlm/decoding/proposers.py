@@ -37,6 +37,10 @@ class NoGuesses:
     """One token a pass."""
 
     @property
+    def lag(self) -> int:
+        return 0
+
+    @property
     def tree(self) -> Tree:
         return chain(0)
 

@@ -4,7 +4,8 @@ A decoding row is one hypothesis in the making; an example owns a group of G adj
 
 Pending token: the cache holds keys and values of the first decoder input and of every emitted token except the newest.
 The newest one is `pending`; each pass begins by feeding it, so a block of guesses may follow it in the same pass and be
-rolled back by not counting it.
+rolled back by not counting it. Where guesses are placeholders (`Proposer.lag`), the cache may lack some tokens before
+the newest one too, and a pass begins by feeding those.
 """
 
 from collections.abc import Callable, Mapping
@@ -85,7 +86,8 @@ class Start(NamedTuple):
 class Selector(Protocol):
     """Chooses the next token of every row from logits. Hashable, so that compiled functions are reused.
 
-    One that is a `Proposer` too has its guesses read in the same pass and chooses among them, by the states behind.
+    One that is a `Proposer` too has its guesses read in the same pass and chooses among them, by the states behind, or
+    says of placeholders how far it trusts what is read behind them.
     """
 
     @property
@@ -110,12 +112,19 @@ class Proposer(Protocol):
     """Guesses the tokens that follow the pending one, so that one pass of the model may confirm several of them.
 
     What is guessed decides how fast a row grows, never what it holds: a guess is kept only where the selector, having
-    read all before it, chooses the same token.
+    read all before it, chooses the same token. Unless the guesses are placeholders (`lag`), which say nothing of their
+    tokens: behind them whatever the selector takes is kept, and what it takes is its own affair.
     """
 
     @property
     def tree(self) -> Tree:
         """How the guesses of a pass follow each other: node 0 is the pending token, node w the w-th of W guesses."""
+
+    @property
+    def lag(self) -> int:
+        """Tokens before the pending one that a pass may have to read too. 0: none. W, of a chain of W placeholders:
+        those that were taken behind them.
+        """
 
     def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"], seen: Seen | None) -> PyTree:
         """Its own state after the prompts. read: what the decoder was given, shifted right; `length` of it count. seen:

@@ -13,7 +13,9 @@ from mlm.types import EOS_ID
 
 @dataclass(frozen=True)
 class Masks:
-    """objective: that of the training, "mask_block" or "any_order". block: tokens that it fills at once."""
+    """objective: that of the training: "mask_block", "lexical_units" or "any_order". block: tokens that it fills at
+    once.
+    """
 
     objective: str
     mask_token: int
@@ -63,17 +65,21 @@ def fill(
     ]
 
 
-def with_mask_token(options: Mapping[str, Any], vocabulary: Any, draft: Session | None) -> dict[str, Any]:
-    """Options of decoding with the id of the mask token: of its name, or where none is given, as the draft was trained.
+def with_mask_token(session: Session, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of decoding with the id of the mask token: of its name, or where none is given, that which the run, or
+    its draft, was trained with.
 
     Raises KeyError for an unknown name.
     """
     token = options.get("mask_token")
-    if token is None and options.get("proposer") == "mask_block" and draft is not None:
-        masks = Masks.of_run(draft.data)
-        token = masks.mask_token if masks is not None else None
     if isinstance(token, str):
-        token = vocabulary.special(token)
+        token = session.vocabulary.special(token)
+    draft = {} if session.draft is None else session.draft.data
+    filling = {"lexical_units": session.data, "mask_block": draft}
+    for name in (method, options.get("proposer", "none")):
+        masks = Masks.of_run(filling.get(name, {}))
+        if token is None and masks is not None and masks.objective == name:
+            token = masks.mask_token
     return dict(options) if token is None else {**options, "mask_token": token}
 
 

@@ -490,7 +490,7 @@ class Session(Reader):
         from mlm.session.masks import with_mask_token
         from mlm.session.phrases import spellings
 
-        options = with_mask_token(options, self.vocabulary, self.draft)
+        options = with_mask_token(self, method, options)
         told = {name: spellings(self.vocabulary, name, options[name]) for name in PHRASES if name in options}
         try:
             config = DecodeConfig(**{"method": method, "max_length": self.data["targets_length"], **options, **told})

@@ -15,7 +15,8 @@ from mlm.types import Batch, Params
 
 LossFunction = Callable[[Params, Batch, Key[Array, ""] | None], Loss]
 Metrics = dict[str, Any]  # name -> (sum, weight) arrays, or a scalar
-Prepare = Callable[[Batch, Key[Array, ""], int | Array], Batch]  # (batch, key, step) -> what the loss reads
+# (parameters, batch, key, step) -> what the loss reads
+Prepare = Callable[[Params, Batch, Key[Array, ""], int | Array], Batch]
 LAST_STEP = 2**31 - 1  # where whatever changes in training has come to its end
 
 
@@ -40,7 +41,8 @@ def train_step(
     When the loss or the gradient norm is not finite, everything but the step count stays as it was and `skipped` grows.
     """
     if prepare is not None:
-        batch = prepare(batch, jax.random.fold_in(stream(key, "prepare"), state.step), state.step)
+        own = jax.random.fold_in(stream(key, "prepare"), state.step)
+        batch = prepare(state.params, batch, own, state.step)
     key = jax.random.fold_in(stream(key, "dropout"), state.step)
     loss, gradients = accumulate(loss_fn, state.params, batch, key, microbatches)
     weight = jnp.maximum(loss.weight, 1.0)  # a batch of padding alone has no gradient to scale
@@ -111,6 +113,6 @@ def _split(x: Array, parts: int) -> Array:
 def evaluation_step(params: Params, batch: Batch, *, loss_fn: LossFunction, prepare: Prepare | None = None) -> Metrics:
     """Metrics of a batch, no dropout, no gradients. prepare: as after the last step, with the same key every time."""
     if prepare is not None:
-        batch = prepare(batch, jax.random.key(0), LAST_STEP)
+        batch = prepare(params, batch, jax.random.key(0), LAST_STEP)
     loss = loss_fn(params, batch, None)
     return {**loss.metrics, "loss": (loss.sum, loss.weight)}

@@ -24,9 +24,11 @@ from mlm.training.optimizers import state_axes
 from mlm.training.routing import rebalanced, with_positions, with_routing
 from mlm.training.state import TrainState, init_state
 from mlm.training.step import Prepare, evaluation_step, train_step
+from mlm.training.units import unit_masking
 from mlm.types import Batch, Params, PyTree
 
 NONFINITE = ("stop", "skip")
+MASKING = ("mask_block", "lexical_units")  # objectives that hide a block of targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,11 @@ class TrainConfig:
     steps: updates in the whole run. z_loss: weight of (log Z)^2 in nats. loss_chunk: target positions per piece of the
     head (None: chosen from the sizes). candidates: tokens that a training step normalises over, the targets of the
     microbatch and the `neighbours` nearest to each (None: all; `objectives.candidates`), so that its loss is a lower
-    bound of that of an evaluation, which takes all. block, mask_token: of objective "mask_block", how many targets are
-    predicted at once, and the token that stands for them. any_order: the decoder learns to write in any order, of
-    targets that are masked anew in every step; an evaluation masks as the last steps do, the same every time.
+    bound of that of an evaluation, which takes all. block, mask_token: of objectives "mask_block" and "lexical_units",
+    how many targets are predicted at once, and the token that stands for them. unit_threshold: of "lexical_units", the
+    least probability of each target of a unit. any_order: the decoder learns to write
+    in any order, of targets that are masked anew in every step; an evaluation masks as the last steps do, the same
+    every time.
     ema_decay: 0 keeps no mean. on_nonfinite: "stop" the run, or "skip" the update and count it. precision of
     activations is the model's `dtype`.
     """
@@ -54,6 +58,7 @@ class TrainConfig:
     neighbours: int = 50
     block: int | None = None
     mask_token: int | None = None
+    unit_threshold: float = 0.9
     any_order: AnyOrder | None = None
     ema_decay: float = 0.0
     on_nonfinite: str = "stop"
@@ -62,13 +67,25 @@ class TrainConfig:
         for name in ("steps", "microbatches", "candidates", "neighbours", "block", "mask_token"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name}={getattr(self, name)} must be at least 1")
-        masking = self.objective == "mask_block"
+        masking = self.objective in MASKING
         if masking and self.any_order is not None:
-            raise ValueError("objective='mask_block' and any_order both say which targets are masked: keep one of them")
+            raise ValueError(
+                f"objective={self.objective!r} and any_order both say which targets are masked: keep one of them"
+            )
         if (self.block is not None, self.mask_token is not None) != (masking, masking):
             raise ValueError(
-                f"TrainConfig.block={self.block}, mask_token={self.mask_token}: objective='mask_block' needs both, and "
-                f"any other, as objective={self.objective!r}, must leave both out"
+                f"TrainConfig.block={self.block}, mask_token={self.mask_token}: each of the objectives {MASKING} needs "
+                f"both, and any other, as objective={self.objective!r}, must leave both out"
+            )
+        units = self.objective == "lexical_units"
+        if units and self.block == 1:
+            raise ValueError("TrainConfig.block=1 hides no target; objective='lexical_units' needs 2 or more")
+        if not 0.0 < self.unit_threshold < 1.0:
+            raise ValueError(f"TrainConfig.unit_threshold={self.unit_threshold} must be in (0, 1), as 0.9")
+        if self.unit_threshold != TrainConfig.unit_threshold and not units:
+            raise ValueError(
+                f"TrainConfig.unit_threshold={self.unit_threshold} means nothing to objective={self.objective!r}; only "
+                "'lexical_units' reads it"
             )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"TrainConfig.ema_decay={self.ema_decay} must be in [0, 1); T5 runs use 0, EMA runs 0.999")
@@ -105,7 +122,8 @@ class Trainer:
         self.model = Transformer(model, MeshPlacement(mesh))
         self.optimizer = optimizer(self.model.axes(), self.model.shapes())
         self._key = jax.random.key(train.seed)
-        loss_fn = make_loss(self.model, train, languages, mesh if mesh.size > 1 else None)
+        several = mesh if mesh.size > 1 else None
+        loss_fn, prepare = make_loss(self.model, train, languages, several), _masking(self.model, train, several)
 
         self.abstract = abstract_state(self.model, self.optimizer, mesh, ema=train.ema_decay > 0)
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
@@ -118,10 +136,10 @@ class Trainer:
             microbatches=train.microbatches,
             ema_decay=train.ema_decay,
             adjust=partial(rebalanced, self.model),
-            prepare=_masking(self.model, train),
+            prepare=prepare,
         )
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, scalar))
-        evaluate = partial(evaluation_step, loss_fn=loss_fn, prepare=_masking(self.model, train))
+        evaluate = partial(evaluation_step, loss_fn=loss_fn, prepare=prepare)
         self.evaluate_batch = jax.jit(evaluate, out_shardings=scalar)
 
     def init(self, params: Params | None = None) -> TrainState:
@@ -154,7 +172,7 @@ def abstract_state(
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, places)
 
 
-def _masking(model: Transformer, train: TrainConfig) -> Prepare | None:
+def _masking(model: Transformer, train: TrainConfig, mesh: Mesh | None = None) -> Prepare | None:
     """What makes the batch of a step that learns to fill masks; others read their batches as they are.
 
     Raises ValueError for a mask token that the model has no row for, and for a model that cannot fill such masks.
@@ -170,12 +188,21 @@ def _masking(model: Transformer, train: TrainConfig) -> Prepare | None:
         )
     if any_order is not None:
         check_any_order(decoder)
-        return any_order.masked
-    if any(isinstance(spec, RecurrentSpec) for spec in decoder.sublayers()):
-        raise ValueError("objective='mask_block': a recurrent decoder cannot see its masks both ways; use attention")
+        return lambda params, batch, key, step: any_order.masked(batch, key, step)
     block = train.block
     assert block is not None
-    return lambda batch, key, step: masked(batch, key, block, token)
+    if train.objective == "lexical_units":
+        return unit_masking(
+            model,
+            threshold=train.unit_threshold,
+            block=block,
+            mask_token=token,
+            chunk=train.loss_chunk,
+            mesh=mesh,
+        )
+    if any(isinstance(spec, RecurrentSpec) for spec in decoder.sublayers()):
+        raise ValueError("objective='mask_block': a recurrent decoder cannot see its masks both ways; use attention")
+    return lambda params, batch, key, step: masked(batch, key, block, token)
 
 
 def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mesh | None = None) -> Callable[..., Loss]:

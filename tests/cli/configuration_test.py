@@ -188,6 +188,14 @@ def test_the_objective_of_masked_blocks_asks_for_its_mask():
     assert not made.data.pack
 
 
+def test_the_objective_of_lexical_units_asks_for_its_mask():
+    files = [RUN, "gin/objectives/lexical_units.gin"]
+    with pytest.raises(UsageError, match=r"required, but not set: train\.mask_token"):
+        configuration.resolve(files, [])
+    made = plan(*files, overrides=("train.mask_token=8100", "train.unit_threshold=0.8"))
+    assert (made.train.objective, made.train.block, made.train.unit_threshold) == ("lexical_units", 9, 0.8)
+
+
 def test_a_configuration_without_a_run_says_what_is_missing():
     configuration.resolve(["gin/objectives/text_to_text.gin"], [])
     with pytest.raises(TypeError) as error:

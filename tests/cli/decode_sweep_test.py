@@ -14,7 +14,7 @@ import seqio
 
 import mlm
 from mlm.cli.decode_grids import GRIDS, Setting, parse_grid, settings, tried
-from mlm.cli.main import main
+from mlm.cli.main import UsageError, main
 from mlm.decoding.config import METHODS, DecodeConfig, Method
 from mlm.decoding.selectors import Greedy
 
@@ -219,6 +219,11 @@ def test_grids_are_products_and_defaults_come_first():
     assert parse_grid("greedy:proposer=none,input_copy")[1] == {"proposer": ("none", "input_copy")}
     found = settings("beam", [{"beams": (1, 4), "alpha": (0.0, 0.6)}, {"beams": (1,)}])
     assert [dict(s.options) for s in found] == [{}, {"beams": 1, "alpha": 0.0}, {"beams": 1}, {"alpha": 0.0}]
+    assert parse_grid("lexical_units:mask_token=9")[1] == {"mask_token": (9,)}
+    found_units = settings("lexical_units", [{"mask_token": (9,), "threshold": (0.5, 0.9)}])
+    assert [dict(s.options) for s in found_units] == [{"mask_token": 9, "threshold": 0.5}, {"mask_token": 9}]
+    with pytest.raises(UsageError, match="lexical_units: mask_token=None must be"):
+        settings("lexical_units", [])
     assert not found[0].draws
     assert Setting("sample", {}).draws
     assert tried({"beam": [{"beams": (1, 2)}, {"beams": (4,)}]}) == {("beam", "beams"): (1, 2, 4)}

@@ -53,6 +53,7 @@ def test_a_record_says_what_may_be_given_to_what(capsys):
         assert record["summary"]
         if record["kind"] == "method":  # the defaults are the method's own
             options = {n: () if value == [] else value for n, value in record["options"].items()}
-            needed = {"value": len} if "value" in options else {}
+            needed = {name: value for name, value in (("value", len), ("mask_token", 2)) if name in options}
+            needed = {} if "proposer" in options else needed
             own = DecodeConfig(method=record["name"], **needed)
             assert DecodeConfig(method=record["name"], **options | needed) == own

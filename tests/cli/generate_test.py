@@ -122,6 +122,8 @@ def test_bad_examples_are_named_before_anything_is_loaded(tmp_path, capsys, flag
         (["Hi", "--to", "fr", "--method", "constrained_beam"], 2, "--phrase and --method constrained_beam belong"),
         (["Hi", "--to", "fr", "--method", "constrained_beam", "--phrase", "a" * 99], 1, "may have 24"),
         (["Hi", "--to", "fr", "--method", "value_guided_beam"], 2, "value=None must be a function"),
+        (["Hi", "--to", "fr", "--method", "lexical_units"], 2, "mask_token=None must be an integer of at least 1"),
+        (["Hi", "--to", "fr", "--threshold", "0.5"], 2, "threshold=0.5 means nothing to method='greedy'"),
         (["Hi", "--to", "fr", "--step", "11"], 1, "complete checkpoints: 10, 20"),
         (["Hi", "--to", "fr", "--choose", "mbr"], 2, "--choose: there is nothing to choose from one result"),
         (["Hi", "--to", "fr", "--choose", "mbrr"], 2, "--choose: no way to choose named 'mbrr'"),

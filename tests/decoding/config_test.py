@@ -7,6 +7,7 @@ from mlm.decoding.beam import Beam, DiverseBeam
 from mlm.decoding.config import METHODS, DecodeConfig
 from mlm.decoding.constrained import ConstrainedBeam
 from mlm.decoding.guided import ValueGuidedBeam
+from mlm.decoding.lexical_units import LexicalUnits
 from mlm.decoding.processors import PROCESSORS
 from mlm.decoding.selectors import Greedy, Sample
 
@@ -27,6 +28,8 @@ def test_every_method_builds_its_selector():
     assert DecodeConfig(method="fsd", penalty_alpha=0.0).selector() == FSD(0.0, 5, 2)
     options = {"penalty_alpha": 0.3, "candidates": 4, "ngram": 5, "smoothing": 0.7}
     assert DecodeConfig(method="fsd_d", **options).selector() == DiscreteFSD(0.3, 4, 5, 0.7)
+    options = {"mask_token": 9, "guesses": 4, "threshold": 0.5}
+    assert DecodeConfig(method="lexical_units", **options).selector() == LexicalUnits(9, 4, 0.5, 3)
     assert all(method.summary for method in METHODS.values())
 
 
@@ -85,7 +88,7 @@ def test_options_name_fields():
         ({"penalty_alpha": 0.6}, r"choose one of \['contrastive_search', 'fsd', 'fsd_d'\]"),
         ({"method": "contrastive_search", "penalty_alpha": 1.1}, r"in \[0, 1\]"),
         ({"method": "contrastive_search", "candidates": 0}, "at least 1"),
-        ({"method": "contrastive_search", "ngram": 2}, r"choose one of \['fsd', 'fsd_d'\]"),
+        ({"method": "contrastive_search", "ngram": 2}, r"choose one of \['fsd', 'fsd_d', 'lexical_units'\]"),
         ({"method": "contrastive_search", "proposer": "input_copy"}, "means nothing to method='contrastive_search'"),
         ({"method": "fsd", "ngram": 1}, "give 2 or more"),
         ({"method": "fsd_d", "ngram": 0}, "at least 1"),

@@ -85,10 +85,12 @@ METHODS = {
     "sample": {"n_best": 2, "top_p": 0.95, "seed": 5},
     "beam": {"beams": 3, "n_best": 2},
     "contrastive_search": {"candidates": 3},
+    "lexical_units": {"mask_token": 2, "guesses": 3, "threshold": 0.15},
 }
+_SLOW = ("contrastive_search", "lexical_units")
 
 
-@pytest.fixture(params=["greedy", "sample", "beam", pytest.param("contrastive_search", marks=pytest.mark.slow)])
+@pytest.fixture(params=[pytest.param(m, marks=pytest.mark.slow) if m in _SLOW else m for m in METHODS])
 def config(request) -> DecodeConfig:
     """One config per method."""
     return DecodeConfig(method=request.param, max_length=LENGTH, **METHODS[request.param])

@@ -24,6 +24,7 @@ OPTIONS = {
     "sample": {"n_best": 2, "top_p": 0.95, "seed": 5},
     "beam": {"n_best": 2},
     "diverse_beam": {"n_best": 3},
+    "lexical_units": {"mask_token": 2, "threshold": 0.15},
     "value_guided_beam": {"value": lambda tokens, length, hidden: hidden[:, 0]},
 }
 GIVEN = {"constrained_beam": constraints([[[4]], [], [[5, 6]], [[9], [3]], [], [[7]], [[2]], []])}

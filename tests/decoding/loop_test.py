@@ -107,6 +107,7 @@ SEARCHES = {
     "contrastive_search": {},
     "fsd": {"ngram": 3},
     "fsd_d": {},
+    "lexical_units": {"mask_token": 2},
 }
 
 
