@@ -1,6 +1,7 @@
 """How rows grow by one pass of the model: guesses confirmed node by node, the cache put in order, tokens committed."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,16 @@ def _catching_up(state: State, guesses: Int[Array, "R W"], step: Step) -> tuple[
     return jax.tree.map(last, said), cache
 
 
+class _Steps(NamedTuple):
+    """Where the rows of a walk stand."""
+
+    state: State
+    node: Int[Array, "R"]
+    active: Bool[Array, "R"]
+    path: Int[Array, "R N"]
+    taken: int | Int[Array, ""]
+
+
 def _walk(
     state: State, read: Read, guesses: Int[Array, "R W"] | None, tree: Tree, active: Bool[Array, "R"], extend: Extend
 ) -> tuple[State, Int[Array, "R N"]]:
@@ -67,20 +78,22 @@ def _walk(
     children = jnp.asarray(tree.children)
     guessed = None if guesses is None else jnp.concatenate([state.pending[:, None], guesses], axis=1)
 
-    def visit(carry: tuple[State, Array, Array], _: None) -> tuple[tuple[State, Array, Array], Array]:
-        state, node, active = carry
-        length = state.length
-        state = _chosen(state, read, tree, node, active, extend)
-        below = children[node]
+    def visit(walk: _Steps) -> _Steps:
+        state = _chosen(walk.state, read, tree, walk.node, walk.active, extend)
+        below = children[walk.node]
         right = below > 0
         if guessed is not None:
             right = (jnp.take_along_axis(guessed, below, axis=1) == state.pending[:, None]) & right
         follows = jnp.max(jnp.where(right, below, 0), axis=1)
-        return (state, follows, active & (state.length > length) & ~state.done & (follows > 0)), node
+        active = walk.active & (state.length > walk.state.length) & ~state.done & (follows > 0)
+        return _Steps(state, follows, active, walk.path.at[:, walk.taken].set(walk.node), walk.taken + 1)
 
-    first = (state, jnp.zeros_like(state.length), active)
-    (state, _, _), path = jax.lax.scan(visit, first, None, length=int(tree.depth.max()) + 1)
-    return state, path.T
+    # Few guesses are right as a rule, so the walk ends with the last row that goes on, not with the tree: nobody is
+    # active behind a leaf.
+    root = jnp.zeros_like(state.length)
+    path = jnp.zeros((root.size, int(tree.depth.max()) + 1), jnp.int32)
+    walk = jax.lax.while_loop(lambda walk: jnp.any(walk.active), visit, _Steps(state, root, active, path, 0))
+    return walk.state, walk.path
 
 
 def _chosen(
