@@ -233,6 +233,7 @@ class Generator:
             beginning, ends = (jnp.repeat(x, group, axis=0) for x in (beginning, ends))
             step, cache = contrasted((step, cache), told(other, beginning, ends))
         drafting = None if self.draft is None or draft is None else self._opened(self.draft, draft, inputs)
+        heads = self._heads(params[0], inputs) if PROPOSERS[self.config.proposer].heads else None
         sources, lengths = (jnp.repeat(inputs[name], group, axis=0) for name in ("sources", "source_lengths"))
         proposer = PROPOSERS[self.config.proposer]
         with cut(self.model.placement.pieces("vocab")):
@@ -246,7 +247,7 @@ class Generator:
                 prompt_lengths=inputs.get("prompt_lengths"),
                 given=inputs.get("given", NOTHING),
                 proposer=proposer.make(
-                    Inputs(sources, lengths, drafting, table, self.config.mask_token),
+                    Inputs(sources, lengths, drafting, table, self.config.mask_token, heads),
                     self.config.guesses,
                     self.config.branches,
                 ),
@@ -273,6 +274,12 @@ class Generator:
             return Read(logits, Seen(hidden, tuple(others))), cache
 
         return step, self._shard(cache)
+
+    def _heads(self, params: Params, inputs: Mapping[str, Any]) -> tuple[Transformer, Params, PyTree]:
+        """What guesses by the model's own heads; of an ensemble, the first one's, whose states are those of all."""
+        rows = inputs["sources"].shape[0] * self.config.selector().group
+        dtype = jnp.dtype(self.model.config.dtype)
+        return self.model, params, self._shard(self.model.chimera(params).empty(rows, self.config.slots, dtype))
 
     def _shard(self, cache: PyTree) -> PyTree:
         """Fresh cache slots know no mesh yet; without this every device would hold all rows."""
@@ -357,6 +364,18 @@ def _check_shapes(
             )
     if "candidates" in METHODS[config.method].options and config.candidates > model.config.vocab_size:
         raise ValueError(f"candidates={config.candidates} exceeds the vocabulary of {model.config.vocab_size} tokens")
+    if PROPOSERS[config.proposer].heads:
+        heads = 0 if model.config.chimera is None else model.config.chimera.heads
+        if not heads:
+            raise ValueError(
+                f"proposer={config.proposer!r} asks heads that this model has not: train them on its run with "
+                "gin/objectives/chimera.gin and run.initial, and decode with that run"
+            )
+        if config.guesses > heads:
+            raise ValueError(
+                f"guesses={config.guesses}: each is another head's, and the model has {heads}; set guesses={heads}, or "
+                "fewer"
+            )
     if config.proposer == "input_copy" and model.config.encoder is None:
         raise ValueError("proposer='input_copy' copies what an encoder reads; a decoder alone takes 'ngram_table'")
     drafting = () if draft is None else draft.config.stacks()["decoder"].sublayers()
