@@ -233,9 +233,9 @@ class Generator:
             beginning, ends = (jnp.repeat(x, group, axis=0) for x in (beginning, ends))
             step, cache = contrasted((step, cache), told(other, beginning, ends))
         drafting = None if self.draft is None or draft is None else self._opened(self.draft, draft, inputs)
-        heads = self._heads(params[0], inputs) if PROPOSERS[self.config.proposer].heads else None
         sources, lengths = (jnp.repeat(inputs[name], group, axis=0) for name in ("sources", "source_lengths"))
         proposer = PROPOSERS[self.config.proposer]
+        heads = self._heads(params[0], inputs) if proposer.heads else None
         with cut(self.model.placement.pieces("vocab")):
             return decode(
                 step,

@@ -52,7 +52,7 @@ def _head(config: ModelConfig) -> float:
     """Multiply-adds of the output head per position."""
     last = config.decoder or config.encoder
     rank = config.head.rank if config.head.kind == "linear" else last and last.embedding.rank
-    head: float = rank * (config.d_model + config.vocab_size) if rank else config.d_model * config.vocab_size
+    head = float(rank * (config.d_model + config.vocab_size) if rank else config.d_model * config.vocab_size)
     if config.head.kind == "two_level":  # the mean cluster stands for the target's
         members = config.vocab_size / config.head.codes
         head = config.d_model * config.head.codes + (config.head.rank or 0) * (config.d_model + members)

@@ -71,7 +71,7 @@ def test_its_guesses_are_those_of_training(prompted):
     tokens = jnp.asarray(random.integers(3, VOCAB, (rows, longest), dtype=np.int32))
     source = jnp.asarray(random.integers(3, VOCAB, (rows, 4), dtype=np.int32))
     cache = model.init_cache(params, model.encode(params, source), source != 0, rows, longest + width + 1, block=5)
-    empty = model.chimera(params).empty(rows, longest + width + 1, jnp.float32)
+    empty = model.chimera(params).empty(rows, longest + width + 1, jnp.dtype("float32"))
     proposer, extend = ChimeraHeads(model, params, empty, width), extension(Greedy(), (), ())
 
     @jax.jit
@@ -211,7 +211,7 @@ def test_without_a_prompt_the_first_pass_guesses_nothing():
     assert found.passes.tolist() == [1 + 2]
 
 
-WORDS, STEPS = 20, 150
+WORDS, STEPS = 20, 100
 
 
 def walks(seed, length=10):
