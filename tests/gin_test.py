@@ -4,6 +4,8 @@ import jax
 import pytest
 
 from mlm.cli import configuration, train
+from mlm.cli.main import UsageError
+from mlm.models.specs import ChimeraSpec
 from mlm.objectives.any_order import AnyOrder
 from mlm.shipped import gin_path
 
@@ -78,6 +80,16 @@ def test_a_mixture_file_names_a_registered_mixture(name):
 def test_any_run_may_learn_any_order():
     configuration.resolve(["gin/runs/quickstart.gin", "gin/objectives/any_order.gin"], ["any_order.mask_token=258"])
     assert train.configured().train.any_order == AnyOrder(mask_token=258)
+
+
+def test_heads_may_be_trained_on_any_run():
+    files = ["gin/runs/quickstart.gin", "gin/objectives/chimera.gin"]
+    configuration.resolve(files, ["run.initial=runs/base", "chimera.heads=2"])
+    plan = train.configured()
+    assert (plan.train.objective, plan.initial) == ("chimera", "runs/base")
+    assert plan.model.chimera == ChimeraSpec(heads=2)
+    with pytest.raises(UsageError, match=r"required, but not set: run.initial"):
+        configuration.resolve(files, [])
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -39,7 +39,10 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "no_repeat_ngram": (int, "no n-gram of this size twice (default 0, off)"),
     "seed": (int, "sample: seed (default 0)"),
     "proposer": (str, "greedy, sample: who guesses tokens ahead, for fewer passes; `mlm decode list` names them"),
-    "guesses": (int, "tokens guessed a pass; lexical_units: placeholders (default 8)"),
+    "guesses": (
+        int,
+        "tokens guessed a pass; lexical_units: placeholders (default 8; chimera: at most as many as the run has heads)",
+    ),
     "branches": (int, "guesses behind a guess at most (default 1: a chain; more make a tree)"),
     "mask_token": (
         int,

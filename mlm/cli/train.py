@@ -100,7 +100,7 @@ def bind_all() -> None:
     from mlm.checkpoints import CheckpointConfig
     from mlm.data.pipeline import DataConfig
     from mlm.models.presets import preset
-    from mlm.models.specs import PositionSpec, RouterSpec, SeqPESpec
+    from mlm.models.specs import ChimeraSpec, PositionSpec, RouterSpec, SeqPESpec
     from mlm.objectives.any_order import AnyOrder
     from mlm.parallel import MeshConfig
     from mlm.training.loop import LoopConfig
@@ -114,6 +114,7 @@ def bind_all() -> None:
         "router": RouterSpec,
         "position": PositionSpec,
         "seqpe": SeqPESpec,
+        "chimera": ChimeraSpec,
         "data": DataConfig,
         "train": TrainConfig,
         "any_order": AnyOrder,
@@ -151,7 +152,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
     from mlm.data.pipeline import BatchIterator
     from mlm.data.prefetch import Prefetcher
     from mlm.data.registration import load_tasks
-    from mlm.models.flops import training_flops
+    from mlm.models.flops import heads_flops, training_flops
     from mlm.parallel import data_layout, describe, make_mesh
     from mlm.parallel.peaks import peak_flops
     from mlm.training.loop import fit
@@ -165,6 +166,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         _check_warmup(plan)
         layout = data_layout(mesh)
         directory = RunDirectory(plan.run_dir)
+        _check_heads(plan, directory)
         data = _data_of_the_run(plan, directory)
         with screen.working("preparing the data …"):
             load_tasks(*plan.task_modules)
@@ -197,6 +199,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         _describe_run(plan, directory, trainer, rows, config_text, start)
 
     if start < plan.train.steps:
+        flops = heads_flops if plan.train.objective == "chimera" else training_flops
         codes = [language.code or "-" for language in LANGUAGES]
         with (
             MetricWriter(directory.path, codes, start) as writer,
@@ -216,7 +219,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
                 schedule=plan.schedule,
                 evaluations={plan.evaluation_split: held_out},
                 language_info=_language_info(rows),
-                flops_per_step=training_flops(plan.model, data.batch_size, data.inputs_length, data.targets_length),
+                flops_per_step=flops(plan.model, data.batch_size, data.inputs_length, data.targets_length),
                 peak_flops=peak_flops(),
             )
         checkpointer.close()
@@ -232,7 +235,8 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
 
 
 def _initial(plan: Plan, trainer: Any, vocabulary: Any) -> Any:
-    """The state before the first step, with the parameters of the run `initial` where one is named.
+    """The state before the first step, with the parameters of the run `initial` where one is named, and fresh Chimera
+    heads where that run has none. What heads are trained on is what the run decodes with: the mean, where it kept one.
 
     Raises UsageError when that run's model computes something else, or its vocabulary is another.
     """
@@ -243,19 +247,27 @@ def _initial(plan: Plan, trainer: Any, vocabulary: Any) -> Any:
     from mlm.data.vocabulary import check_same_vocabulary
     from mlm.models.comparison import differences, mathematics
     from mlm.models.config import from_json, to_json
+    from mlm.session.loading import parameters_kept
 
     try:
         source = RunDirectory(plan.initial)
         theirs, data = from_json(source.read_json("model.json")), source.read_json("data.json")
-        lines = differences(to_json(mathematics(plan.model)), to_json(mathematics(theirs)))
+        ours, wanted = plan.model, dict(trainer.abstract.params)
+        if theirs.chimera is None and ours.chimera is not None:
+            ours = dataclasses.replace(ours, chimera=None)
+            del wanted["chimera"]
+        lines = differences(to_json(mathematics(ours)), to_json(mathematics(theirs)))
         if lines:
             raise ValueError(f"run.initial={plan.initial!r} holds another model:\n  " + "\n  ".join(lines[:8]))
         check_same_vocabulary(data["vocabulary_digest"], vocabulary, plan.initial, "this run")
         checkpointer = Checkpointer(str(source.checkpoints), read_only=True)
-        restored = checkpointer.restore_params(None, trainer.abstract.params)
+        subtree = parameters_kept(checkpointer, None) if plan.train.objective == "chimera" else "params"
+        restored = checkpointer.restore_params(None, wanted, subtree)
     except (ValueError, CheckpointError) as error:
         raise UsageError(str(error)) from error
-    screen.say(f"beginning with the parameters of {plan.initial}, step {restored.step}")
+    fresh = "" if ours is plan.model else "; its chimera heads are fresh"
+    what = "running mean of the parameters" if subtree == "ema" else "parameters"
+    screen.say(f"beginning with the {what} of {plan.initial}, step {restored.step}{fresh}")
     return trainer.init(restored.state)
 
 
@@ -315,6 +327,18 @@ def _check_warmup(plan: Plan) -> None:
             f"{', '.join(bare)}: norms after each residual, without DeepNorm's constants, need a learning rate that "
             "warms up, and this schedule does not rise: take schedule.name='inverse_sqrt_warmup' with "
             "schedule.warmup_steps=4000 (Vaswani et al. 2017)"
+        )
+
+
+def _check_heads(plan: Plan, directory: Any) -> None:
+    """Raises ValueError for heads on a model that nobody has trained: what they are to guess is noise."""
+    from mlm.checkpoints import Checkpointer
+
+    begun = Checkpointer(str(directory.checkpoints), read_only=True).latest()
+    if plan.train.objective == "chimera" and plan.initial is None and not begun:
+        raise ValueError(
+            "objective='chimera' trains heads of a model that stays as it is: name its run, with --set "
+            "run.initial=runs/base, and its own gin file for the rest"
         )
 
 

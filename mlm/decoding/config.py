@@ -254,7 +254,8 @@ class DecodeConfig:
             value, default = getattr(self, option), getattr(type(self), option)
             if value != default and not any(self._is_on(name) for name in users):
                 raise ValueError(f"{option}={value!r} means nothing without {' or '.join(users)}")
-        if PROPOSERS[self.proposer].drafts and (layers or self.contrast != "none"):
+        proposer = PROPOSERS[self.proposer]
+        if (proposer.drafts or proposer.heads) and (layers or self.contrast != "none"):
             raise ValueError(
                 f"proposer={self.proposer!r} with a contrast: the draft has nobody to be contrasted with, and would "
                 "guess other tokens than those chosen; take proposer='input_copy' or none"

@@ -235,6 +235,7 @@ class Generator:
         drafting = None if self.draft is None or draft is None else self._opened(self.draft, draft, inputs)
         sources, lengths = (jnp.repeat(inputs[name], group, axis=0) for name in ("sources", "source_lengths"))
         proposer = PROPOSERS[self.config.proposer]
+        heads = self._heads(params[0], inputs) if proposer.heads else None
         with cut(self.model.placement.pieces("vocab")):
             return decode(
                 step,
@@ -246,7 +247,7 @@ class Generator:
                 prompt_lengths=inputs.get("prompt_lengths"),
                 given=inputs.get("given", NOTHING),
                 proposer=proposer.make(
-                    Inputs(sources, lengths, drafting, table, self.config.mask_token),
+                    Inputs(sources, lengths, drafting, table, self.config.mask_token, heads),
                     self.config.guesses,
                     self.config.branches,
                 ),
@@ -277,6 +278,12 @@ class Generator:
             return Read(logits, Seen(said.hidden, tuple(others), attention=attention)), said.cache
 
         return step, self._shard(cache)
+
+    def _heads(self, params: Params, inputs: Mapping[str, Any]) -> tuple[Transformer, Params, PyTree]:
+        """What guesses by the model's own heads; of an ensemble, the first one's, whose states are those of all."""
+        rows = inputs["sources"].shape[0] * self.config.selector().group
+        dtype = jnp.dtype(self.model.config.dtype)
+        return self.model, params, self._shard(self.model.chimera(params).empty(rows, self.config.slots, dtype))
 
     def _shard(self, cache: PyTree) -> PyTree:
         """Fresh cache slots know no mesh yet; without this every device would hold all rows."""
@@ -363,6 +370,18 @@ def _check_shapes(
         raise ValueError(f"coverage={config.coverage} is of a source, and a decoder alone reads none; leave it at 0")
     if "candidates" in METHODS[config.method].options and config.candidates > model.config.vocab_size:
         raise ValueError(f"candidates={config.candidates} exceeds the vocabulary of {model.config.vocab_size} tokens")
+    if PROPOSERS[config.proposer].heads:
+        heads = 0 if model.config.chimera is None else model.config.chimera.heads
+        if not heads:
+            raise ValueError(
+                f"proposer={config.proposer!r} asks heads that this model has not: train them on its run with "
+                "gin/objectives/chimera.gin and run.initial, and decode with that run"
+            )
+        if config.guesses > heads:
+            raise ValueError(
+                f"guesses={config.guesses}: each is another head's, and the model has {heads}; set guesses={heads}, or "
+                "fewer"
+            )
     if config.proposer == "input_copy" and model.config.encoder is None:
         raise ValueError("proposer='input_copy' copies what an encoder reads; a decoder alone takes 'ngram_table'")
     drafting = () if draft is None else draft.config.stacks()["decoder"].sublayers()

@@ -11,19 +11,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from mlm.decoding.chimera import ChimeraHeads
 from mlm.decoding.growth import advance, along
 from mlm.decoding.ngrams import Trigrams, successors
 from mlm.decoding.state import NEG_INF, Extend, Proposer, Seen, State, Step, newest, shifted, written
+from mlm.models.transformer import Transformer
 from mlm.models.tree import Tree, best_first, chain
 from mlm.registry import Registry
-from mlm.types import PAD_ID, PyTree
+from mlm.types import PAD_ID, Params, PyTree
 
 MATCHED = 3  # tokens at most by which a row finds its place in the source
 
 
 class Inputs(NamedTuple):
     """What a proposer may read, a row for each decoding row. draft: a smaller model's step and its empty cache. table:
-    trigrams of text like that to be written. mask_token: what a drafter of blocks was trained to fill.
+    trigrams of text like that to be written. mask_token: what a drafter of blocks was trained to fill. heads: the
+    model, its parameters and the empty cache of its Chimera heads.
     """
 
     sources: Int[Array, "R S"]
@@ -31,6 +34,7 @@ class Inputs(NamedTuple):
     draft: tuple[Step, PyTree] | None = None
     table: Trigrams | None = None
     mask_token: int | None = None
+    heads: tuple[Transformer, Params, PyTree] | None = None
 
 
 class NoGuesses:
@@ -267,6 +271,7 @@ class Kind(NamedTuple):
     options: tuple[str, ...] = ("guesses",)  # of `DecodeConfig`, that it reads
     drafts: bool = False  # whether it asks a smaller model
     counts: bool = False  # whether it looks up the trigrams of a text
+    heads: bool = False  # whether it asks heads of the model's own
 
 
 def _ngram_table(inputs: Inputs, guesses: int, branches: int) -> NGramTable:
@@ -283,6 +288,11 @@ def _mask_block(inputs: Inputs, guesses: int, branches: int) -> MaskBlock:
     assert inputs.draft is not None
     assert inputs.mask_token is not None
     return MaskBlock(*inputs.draft, inputs.mask_token, guesses)
+
+
+def _chimera(inputs: Inputs, guesses: int, branches: int) -> ChimeraHeads:
+    assert inputs.heads is not None
+    return ChimeraHeads(*inputs.heads, guesses)
 
 
 def _staged(inputs: Inputs, guesses: int, branches: int) -> DraftModel:
@@ -322,5 +332,10 @@ PROPOSERS: Registry[Kind] = Registry(
         options=_TREE,
         drafts=True,
         counts=True,
+    ),
+    chimera=Kind(
+        _chimera,
+        "the model's own heads, trained by objective chimera; guesses: at most as many as heads (Zeng et al. 2024)",
+        heads=True,
     ),
 )

@@ -156,6 +156,11 @@ def export_params(
 
 def describe(config: ModelConfig, family: str | None = None) -> tuple[Family, dict[str, Any]]:
     """(family, config.json) of a config. Raises ConversionError when no family has this mathematics."""
+    if config.chimera is not None:
+        raise ConversionError(
+            "a Hugging Face folder has no place for the chimera heads of this run; export the run that they were "
+            "trained on (run.initial in its config.gin), whose other parameters are the same"
+        )
     wanted = mathematics(config)
     best: tuple[bool, int, list[str]] | None = None
     for candidate in [FAMILIES[family]] if family else FAMILIES.values():

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlm.models.specs import (
     AttentionSpec,
+    ChimeraSpec,
     EmbeddingSpec,
     FFNSpec,
     LayerSpec,
@@ -226,6 +227,7 @@ class ModelConfig:
     languages: number of language ids, 0 for none included, where something is kept for every target language: norms
     (`NormSpec.languages`), the head's offsets, or the bridge, a matrix between encoder and decoder (LALT). scripts: the
     number of each language's script. `families.language_aware` sets them together.
+    chimera: heads that guess ahead from the decoder's states, of which nothing else of the model knows.
     dtype: the type of activations and matrix products ("bfloat16" on accelerators); parameters are float32 masters,
     and norms, softmax and loss are computed in float32 in any case.
     """
@@ -241,6 +243,7 @@ class ModelConfig:
     languages: int | None = None
     scripts: tuple[int, ...] = ()
     bridge: bool = False
+    chimera: ChimeraSpec | None = None
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -286,6 +289,8 @@ class ModelConfig:
                 f"one table serves both stacks, so their ranks must agree: encoder.embedding.rank="
                 f"{encoder and encoder.embedding.rank}, decoder.embedding.rank={decoder and decoder.embedding.rank}"
             )
+        if self.chimera and not decoder:
+            raise ValueError(f"{self.chimera}: these heads read a decoder's states, and this model has no decoder")
         self._check_tied()
         self._check_codes()
         self._check_languages()

@@ -24,21 +24,41 @@ def training_flops(config: ModelConfig, rows: int, source: int, target: int) -> 
     if config.bridge:
         total += 6.0 * config.memory_width**2 * source
     predicted = target if config.decoder else source
-    last = config.decoder or config.encoder
-    rank = config.head.rank if config.head.kind == "linear" else last and last.embedding.rank
-    head = rank * (config.d_model + config.vocab_size) if rank else config.d_model * config.vocab_size
-    if config.head.kind == "two_level":  # the mean cluster stands for the target's
-        members = config.vocab_size / config.head.codes
-        head = config.d_model * config.head.codes + (config.head.rank or 0) * (config.d_model + members)
-    if config.head.kind == "codes":
-        head = config.d_model * config.head.groups * config.head.codes
-    head += config.d_model**2 if config.head.mlm_transform else 0
     for name, length in (("encoder", source), ("decoder", target)):
         stack = config.stacks().get(name)
         width = config.memory_width if name == "encoder" else config.d_model
         total += 6.0 * (stack.embedding.rank or 0) * width * length if stack else 0.0
     readers = sum(_reader(own, {"encoder": source, "decoder": target}[n]) for n, own in config.stacks().items())
-    return rows * (total + 6.0 * head * predicted) + readers
+    return rows * (total + 6.0 * _head(config) * predicted) + readers
+
+
+def heads_flops(config: ModelConfig, rows: int, source: int, target: int) -> float:
+    """FLOPs of a step that trains the model's Chimera heads alone, as `training_flops` counts them.
+
+    The model runs forward, a third of its own step, and without its head. That is asked once for each Chimera head at
+    every place, and its backward pass makes no gradient of its matrix: 4 FLOPs for each of its weights.
+    """
+    spec, width = config.chimera, config.d_model
+    assert spec is not None
+    places, inner = spec.heads * target, spec.attention_heads * spec.head_dim
+    model = (training_flops(config, 1, source, target) - 6.0 * _head(config) * target) / 3.0
+    weights = 12 * width**2 * target + 2 * width * inner * target  # trigrams; keys and values of states
+    weights += (4 * width * inner + 3 * width * spec.d_ff + 2 * width**2) * places
+    pairs = spec.heads * _pairs(target, None, True)
+    return rows * (model + 6.0 * weights + 12.0 * inner * pairs + 4.0 * _head(config) * places)
+
+
+def _head(config: ModelConfig) -> float:
+    """Multiply-adds of the output head per position."""
+    last = config.decoder or config.encoder
+    rank = config.head.rank if config.head.kind == "linear" else last and last.embedding.rank
+    head = float(rank * (config.d_model + config.vocab_size) if rank else config.d_model * config.vocab_size)
+    if config.head.kind == "two_level":  # the mean cluster stands for the target's
+        members = config.vocab_size / config.head.codes
+        head = config.d_model * config.head.codes + (config.head.rank or 0) * (config.d_model + members)
+    if config.head.kind == "codes":
+        head = config.d_model * config.head.groups * config.head.codes
+    return head + (config.d_model**2 if config.head.mlm_transform else 0)
 
 
 def _stack(stack: StackConfig, d_model: int, memory_width: int, length: int, memory: int) -> float:

@@ -20,6 +20,7 @@ from mlm.models.families import (
     t5gemma,
 )
 from mlm.models.specs import (
+    ChimeraSpec,
     PositionSpec,
     RouterSpec,
     check_choice,
@@ -204,6 +205,7 @@ def preset(
     languages: int | None = None,
     language_parts: tuple[str, ...] = (),
     start_token: int | None = None,
+    chimera: ChimeraSpec | None = None,
 ) -> ModelConfig:
     """The published model `name`, with what a run may change about it; None keeps the published value.
 
@@ -211,6 +213,7 @@ def preset(
     self-attention knows distances, in place of what it has (`positioned`).
     language_parts: what is kept for each of so many `languages` ("norms", "bridge", "offsets": `language_aware`).
     start_token: what the decoder reads first; published ids mean something else in a vocabulary of one's own.
+    chimera: heads that guess ahead, for the objective and the proposer of that name.
     Raises KeyError with the nearest names for an unknown preset.
     """
     config = PRESETS[name]()
@@ -231,6 +234,6 @@ def preset(
     config = config if position is None else positioned(config, position)
     execution = {"dropout": dropout, "remat": remat, "scan": scan, "attention": attention}
     stack: dict[str, Any] = {k: v for k, v in execution.items() if v is not None}
-    whole = {"vocab_size": vocab_size, "dtype": dtype, "start_token": start_token}
+    whole = {"vocab_size": vocab_size, "dtype": dtype, "start_token": start_token, "chimera": chimera}
     top: dict[str, Any] = {k: v for k, v in whole.items() if v is not None}
     return replace(config, **top | {side: replace(own, **stack) for side, own in config.stacks().items()})

@@ -500,3 +500,36 @@ class EmbeddingSpec:
     @property
     def initial_std(self) -> float:
         return self.std or 1.0 / self.multiply
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChimeraSpec:
+    """Heads that guess up to `heads` tokens ahead from the decoder's own states (`models.chimera`).
+
+    The one layer before them has `attention_heads` heads of `head_dim`, which turn with their positions, and a gated
+    network of width `d_ff`. Source: Zeng et al. 2024 (arXiv:2402.15758).
+    """
+
+    heads: int = 3
+    attention_heads: int = 8
+    head_dim: int = 64
+    d_ff: int = 2048
+
+    def __post_init__(self):
+        check_positive(self, "heads", "attention_heads", "head_dim", "d_ff")
+        if self.head_dim % 2:
+            raise ValueError(f"ChimeraSpec: rope turns pairs of numbers, so head_dim={self.head_dim} must be even")
+
+    @property
+    def attention(self) -> AttentionSpec:
+        return AttentionSpec(
+            source="self",
+            heads=self.attention_heads,
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            position=PositionSpec(kind="rope"),
+        )
+
+    @property
+    def network(self) -> FFNSpec:
+        return FFNSpec(d_ff=self.d_ff, activation="swiglu")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mlm.models.chimera import Chimera
 from mlm.models.codes import Codebook, TwoLevel, Within, floor
 from mlm.models.config import ModelConfig
 from mlm.models.functional import Template
@@ -153,20 +154,25 @@ class Transformer:
         self._ends = Template(partial(Ends, config))
         width = {"encoder": config.memory_width, "decoder": config.d_model}
         self._stacks = {name: Stack(width[name], config.memory_width, stack) for name, stack in config.stacks().items()}
+        self._parts: dict[str, Any] = dict(self._stacks)  # those that have a name in the parameters
+        if config.chimera:
+            self._parts["chimera"] = Template(partial(Chimera, config.d_model, config.chimera))
 
     def starting_with(self, token: int) -> "Transformer":
         """The same, but that its decoder reads this token first."""
         return Transformer(replace(self.config, start_token=token), self.placement)
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh float32 parameters: {"embedding", "head", "encoder": {...}, "decoder": {...}}, those that there are."""
+        """Fresh float32 parameters: {"embedding", "head", "encoder": {...}, "decoder": {...}, "chimera": {...}}, those
+        that there are. What others are does not depend on the last.
+        """
         ends, encoder, decoder = jax.random.split(key, 3)
-        keys = {"encoder": encoder, "decoder": decoder}
-        return {**self._ends.init(ends), **{name: stack.init(keys[name]) for name, stack in self._stacks.items()}}
+        keys = {"encoder": encoder, "decoder": decoder, "chimera": jax.random.fold_in(key, 3)}
+        return {**self._ends.init(ends), **{name: part.init(keys[name]) for name, part in self._parts.items()}}
 
     def axes(self) -> PyTree:
         """Logical axis names of every parameter, a tuple per leaf."""
-        return {**self._ends.axes(), **{name: stack.axes() for name, stack in self._stacks.items()}}
+        return {**self._ends.axes(), **{name: part.axes() for name, part in self._parts.items()}}
 
     def shapes(self) -> PyTree:
         """Shape and dtype of every parameter; allocates nothing."""
@@ -343,6 +349,18 @@ class Transformer:
             logits = jnp.einsum("BTD,DV->BTV", hidden, kernel.astype(self._dtype), preferred_element_type=jnp.float32)
         return cap(logits if bias is None else logits + bias, self.config.head.softcap)
 
+    def chimera(self, params: Params) -> Any:
+        """The model's Chimera heads (`models.chimera`). Raises ValueError for a model without them."""
+        if "chimera" not in self._parts:
+            raise ValueError("this model has no chimera heads: ModelConfig.chimera is None")
+        return self._parts["chimera"].bind(params["chimera"])
+
+    def decoder_rows(self, params: Params, tokens: Int[Array, "B T"]) -> Hidden:
+        """Embeddings of what the decoder reads, in the size in which they enter its first layer."""
+        assert self.config.decoder is not None
+        spec, rows = self.config.decoder.embedding, self._rows(params, "decoder", tokens)
+        return (unit_rows(rows) if spec.fix_norm else rows) * jnp.asarray(spec.multiply, rows.dtype)
+
     def unrolled(self, params: Params) -> Params:
         """Parameters for `step` in a loop: without the stacking, whose slices would be copied at every pass."""
         return {**params, "decoder": self._stacks["decoder"].unrolled(params["decoder"])}
@@ -458,7 +476,7 @@ class Transformer:
         return self._bind_ends(params).offsets(hidden, to) if self.config.head.offsets else hidden
 
     def _bind_ends(self, params: Params) -> Any:
-        return self._ends.bind({name: value for name, value in params.items() if name not in self._stacks})
+        return self._ends.bind({name: value for name, value in params.items() if name not in self._parts})
 
     def _rows(self, params: Params, stack: str, tokens: Int[Array, "B T"]) -> Hidden:
         """Rows of the stack's input table, F[tokens] P where it has a rank."""

@@ -95,7 +95,7 @@ def load(
     retention = CheckpointConfig(best_metric=metric, best_mode=best_mode)
     checkpoints = Checkpointer(str(run.checkpoints), retention, read_only=True)
     number = _step(checkpoints, step, metric)
-    subtree = _subtree(checkpoints, number, parameters)
+    subtree = parameters_kept(checkpoints, number) if parameters == "auto" else parameters
     restored = checkpoints.restore_params(number, wanted, subtree)
 
     def opened(other: str | os.PathLike) -> Session:
@@ -172,9 +172,8 @@ def _step(checkpoints: Checkpointer, step: int | str | None, metric: str) -> int
     return int(step)
 
 
-def _subtree(checkpoints: Checkpointer, step: int | None, parameters: str) -> str:
-    if parameters != "auto":
-        return parameters
+def parameters_kept(checkpoints: Checkpointer, step: int | None) -> str:
+    """What decodes: "ema", the running mean of the parameters, where the checkpoint has one, or else "params"."""
     for candidate in reversed(checkpoints.steps()) if step is None else [step]:
         try:
             leaves = checkpoints.record(candidate)["leaves"]

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from mlm.registry import Registry, nearest
 from mlm.training.adafactor import FindAxes, adafactor, matrix_view, root_mean_square
-from mlm.trees import mask, named_leaves
+from mlm.trees import map_named, mask, named_leaves
 from mlm.types import Axes, PyTree
 
 Transformation: TypeAlias = optax.GradientTransformation
@@ -53,13 +53,23 @@ def make_optimizer(
         transformation = factory(learning_rate, find, **options)
         if clip_norm is not None:
             transformation = optax.chain(optax.clip_by_global_norm(clip_norm), transformation)
-        if freeze:
-            frozen = mask(shapes, freeze)
-            trained = jax.tree.map(lambda x: not x, frozen)
-            transformation = optax.chain(optax.masked(transformation, trained), optax.masked(_stay(), frozen))
-        return transformation
+        return freezing(transformation, shapes, freeze) if freeze else transformation
 
     return build
+
+
+def freezing(transformation: Transformation, shapes: PyTree, patterns: Sequence[str]) -> Transformation:
+    """The optimizer for the parameters whose whole paths match none of the patterns; the others stay bit for bit what
+    they are and take no memory. What is frozen may be frozen again.
+
+    Raises ValueError when a pattern matches no parameter.
+    """
+    frozen = {name for name, found in named_leaves(mask(shapes, patterns)) if found}
+
+    def those(stay: bool) -> Callable[[PyTree], PyTree]:  # by name, as an outer mask may hide some of the tree
+        return lambda tree: map_named(lambda name, _: (name in frozen) == stay, tree)
+
+    return optax.chain(optax.masked(transformation, those(False)), optax.masked(_stay(), those(True)))
 
 
 def axes_finder(axes: PyTree, shapes: PyTree) -> FindAxes:
@@ -176,8 +186,11 @@ OPTIMIZERS: Registry[Factory] = Registry("optimizer", adafactor=adafactor, adamw
 
 
 def ema(average: PyTree, params: PyTree, decay: float | Array) -> PyTree:
-    """decay * average + (1 - decay) * params, leaf by leaf; start from a copy of the parameters."""
-    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(a.dtype), average, params)
+    """decay * average + (1 - decay) * params, leaf by leaf; start from a copy of the parameters.
+
+    Computed as average + (1 - decay) (params - average), so that the mean of what never moves is that, and not rounded.
+    """
+    return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p.astype(a.dtype) - a), average, params)
 
 
 def state_axes(optimizer: Transformation, shapes: PyTree, axes: PyTree) -> PyTree:

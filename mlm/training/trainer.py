@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Key
 
 from mlm.models.config import ModelConfig
 from mlm.models.order import check_any_order
@@ -17,15 +19,16 @@ from mlm.models.transformer import Transformer
 from mlm.objectives import OBJECTIVES, Loss
 from mlm.objectives.any_order import AnyOrder
 from mlm.objectives.candidates import narrowed
+from mlm.objectives.chimera import chimera
 from mlm.objectives.mask_block import masked
 from mlm.parallel import MeshPlacement, check_sizes, shardings
 from mlm.registry import nearest
-from mlm.training.optimizers import state_axes
+from mlm.training.optimizers import freezing, state_axes
 from mlm.training.routing import rebalanced, with_positions, with_routing
 from mlm.training.state import TrainState, init_state
-from mlm.training.step import Prepare, evaluation_step, train_step
+from mlm.training.step import Metrics, Prepare, evaluation_step, train_step
 from mlm.training.units import unit_masking
-from mlm.types import Batch, Params, PyTree
+from mlm.types import Batch, Hidden, Params, PyTree
 
 NONFINITE = ("stop", "skip")
 MASKING = ("mask_block", "lexical_units")  # objectives that hide a block of targets
@@ -40,9 +43,9 @@ class TrainConfig:
     microbatch and the `neighbours` nearest to each (None: all; `objectives.candidates`), so that its loss is a lower
     bound of that of an evaluation, which takes all. block, mask_token: of objectives "mask_block" and "lexical_units",
     how many targets are predicted at once, and the token that stands for them. unit_threshold: of "lexical_units", the
-    least probability of each target of a unit. any_order: the decoder learns to write
-    in any order, of targets that are masked anew in every step; an evaluation masks as the last steps do, the same
-    every time.
+    least probability of each target of a unit. Objective "chimera" trains the heads of that name, and all other
+    parameters stay bit for bit what they are. any_order: the decoder learns to write in any order, of targets that are
+    masked anew in every step; an evaluation masks as the last steps do, the same every time.
     ema_decay: 0 keeps no mean. on_nonfinite: "stop" the run, or "skip" the update and count it. precision of
     activations is the model's `dtype`.
     """
@@ -72,6 +75,8 @@ class TrainConfig:
             raise ValueError(
                 f"objective={self.objective!r} and any_order both say which targets are masked: keep one of them"
             )
+        if self.objective == "chimera" and self.any_order is not None:
+            raise ValueError("objective='chimera' trains heads that guess from left to right: leave any_order out")
         if (self.block is not None, self.mask_token is not None) != (masking, masking):
             raise ValueError(
                 f"TrainConfig.block={self.block}, mask_token={self.mask_token}: each of the objectives {MASKING} needs "
@@ -120,10 +125,14 @@ class Trainer:
             )
         self.config, self.mesh = train, mesh
         self.model = Transformer(model, MeshPlacement(mesh))
-        self.optimizer = optimizer(self.model.axes(), self.model.shapes())
-        self._key = jax.random.key(train.seed)
         several = mesh if mesh.size > 1 else None
         loss_fn, prepare = make_loss(self.model, train, languages, several), _masking(self.model, train, several)
+        self.optimizer = optimizer(self.model.axes(), self.model.shapes())
+        adjust: Callable[[Params, Metrics], Params] = partial(rebalanced, self.model)
+        if train.objective == "chimera":
+            self.optimizer = freezing(self.optimizer, self.model.shapes(), [r"(?!chimera/).*"])
+            adjust = lambda params, metrics: params  # noqa: E731
+        self._key = jax.random.key(train.seed)
 
         self.abstract = abstract_state(self.model, self.optimizer, mesh, ema=train.ema_decay > 0)
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
@@ -135,7 +144,7 @@ class Trainer:
             key=self._key,
             microbatches=train.microbatches,
             ema_decay=train.ema_decay,
-            adjust=partial(rebalanced, self.model),
+            adjust=adjust,
             prepare=prepare,
         )
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, scalar))
@@ -143,13 +152,18 @@ class Trainer:
         self.evaluate_batch = jax.jit(evaluate, out_shardings=scalar)
 
     def init(self, params: Params | None = None) -> TrainState:
-        """The state before the first step, each device holding only its part. params: in place of fresh ones; the state
-        takes their memory over.
+        """The state before the first step, each device holding only its part. params: in place of fresh ones, all of
+        them or all but the Chimera heads'; the state takes their memory over.
         """
         begin = partial(init_state, optimizer=self.optimizer, ema=self.config.ema_decay > 0)
         if params is None:
             return jax.jit(lambda key: begin(self.model.init(key)), out_shardings=self.shardings)(self._key)
-        return jax.jit(begin, out_shardings=self.shardings, donate_argnums=0)(params)
+
+        def take(params: Params, key: Key[Array, ""]) -> TrainState:
+            fresh = {name: part for name, part in self.model.init(key).items() if name == "chimera"}
+            return begin({**fresh, **params})
+
+        return jax.jit(take, out_shardings=self.shardings, donate_argnums=0)(params, self._key)
 
     def check_batch(self, rows: int) -> None:
         """Raises ValueError when a global batch of `rows` rows does not divide over devices and microbatches."""
@@ -209,20 +223,31 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
     """loss(params, batch, dropout key or None): the model's decoder states through head and objective.
 
     mesh: lets the head work on each device's part of the vocabulary; None on one device. Raises ValueError for a model
-    without a decoder.
+    without a decoder, and where heads are trained that are not there, or are there and another objective moves what
+    they read.
     """
     objective = OBJECTIVES[config.objective]
     if model.config.decoder is None:
         raise ValueError(f"objective {config.objective!r} predicts decoder targets, and this model has no decoder")
+    if config.objective == "chimera" and model.config.chimera is None:
+        raise ValueError(
+            "objective='chimera' trains heads that this model has not: set preset.chimera=@chimera(), as "
+            "gin/objectives/chimera.gin does"
+        )
+    if config.objective != "chimera" and model.config.chimera is not None:
+        raise ValueError(
+            f"objective={config.objective!r} moves the states that the model's chimera heads read, and does not train "
+            "them: leave preset.chimera out, and train heads on the run when it is complete (objective='chimera')"
+        )
     if config.candidates is not None and model.config.head.kind == "two_level":
         raise ValueError(f"candidates={config.candidates}: a head of two levels normalises over few tokens by itself")
 
-    def loss_of(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
-        output = model(params, batch, key, languages=languages)
-        hidden, kernel, bias, targets, within = model.prediction(params, output.hidden, batch["decoder_target_tokens"])
+    def said(params: Params, hidden: Hidden, batch: Batch, key: jax.Array | None) -> Loss:
+        """What the objective makes of such states."""
+        hidden, kernel, bias, targets, within = model.prediction(params, hidden, batch["decoder_target_tokens"])
         if config.candidates is not None and key is not None:
             kernel, bias, targets = narrowed(kernel, bias, targets, config.candidates, config.neighbours)
-        loss = objective(
+        return objective(
             hidden,
             kernel,
             {**batch, "decoder_target_tokens": targets},
@@ -235,7 +260,25 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
             chunk=config.loss_chunk,
             mesh=mesh,
         )
+
+    def loss_of(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+        output = model(params, batch, key, languages=languages)
+        loss = said(params, output.hidden, batch, key)
         loss = with_routing(loss, output.routed, batch) if output.routed else loss
         return with_positions(loss, output.positions, batch) if output.positions else loss
 
-    return loss_of
+    def loss_of_heads(params: Params, batch: Batch, key: jax.Array | None) -> Loss:
+        """The rest of the model is what it is when it decodes: without dropout, and no gradient reaches it."""
+        params = {**jax.lax.stop_gradient(params), "chimera": params["chimera"]}
+        hidden = model(params, batch).hidden
+        rows = model.decoder_rows(params, batch["decoder_input_tokens"])
+        drafted = model.chimera(params).whole(rows, hidden, batch["decoder_segment_ids"])
+        weights = jnp.where(drafted.known, batch["decoder_loss_weights"], 0.0)
+        heads = [
+            said(params, mixed, {**batch, "decoder_loss_weights": own}, key)
+            for mixed, own in zip(drafted.mixed, weights, strict=True)
+        ]
+        error = jnp.mean(jnp.square(drafted.states.astype(jnp.float32) - hidden.astype(jnp.float32)), axis=-1)
+        return chimera(heads, error, weights)
+
+    return loss_of_heads if config.objective == "chimera" else loss_of

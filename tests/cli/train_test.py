@@ -299,6 +299,45 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(finished, train, tmp_path
     assert_identical(state_of(run_dir, 6), state_of(finished, 6))
 
 
+# Heads that guess ahead, on a run that stays as it is.
+
+HEADS = ["--gin_file=gin/objectives/chimera.gin", "--steps=3", "--set", "chimera.heads=2", "--set", "chimera.d_ff=64"]
+
+
+def test_heads_are_trained_on_a_run_and_guess_for_it(finished, train, tmp_path, capsys):
+    run_dir, initial = tmp_path / "heads", f"run.initial={finished}"
+    code, screen = train(run_dir, *HEADS, "--set", initial, "--steps=2")
+    assert (code, f"beginning with the parameters of {finished}, step 6; its chimera heads are fresh" in screen) == (
+        0,
+        True,
+    ), screen
+    assert train(run_dir, *HEADS, "--set", initial)[0] == 0  # one step more, from where it stopped
+    base, own = state_of(finished, 6)[0]["params"], state_of(run_dir, 3)[0]
+    chimera = own["params"].pop("chimera")
+    jax.tree.map(np.testing.assert_array_equal, own["params"], base)
+    assert chimera["mix"].shape[0] == 2
+    last = read_metrics(run_dir)[-2]
+    assert {"nll", "nll_head_1", "nll_head_2", "accuracy_head_2", "state_error"} <= set(last)
+    texts = []
+    for asked in ([finished], [run_dir, "--proposer=chimera", "--guesses=2"]):
+        assert main(["generate", "Bonjour", f"--run_dir={asked[0]}", *asked[1:], "--max_length=8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    again, screen = train(tmp_path / "again", *HEADS, "--set", f"run.initial={run_dir}")
+    assert (again, "fresh" in screen) == (0, False)
+    code, screen = train(tmp_path / "other", "--set", f"run.initial={run_dir}")
+    assert code == 2
+    assert "holds another model" in screen
+    assert main(["convert", "to-hf", str(run_dir), str(tmp_path / "hf")]) == 1
+    assert "no place for the chimera heads" in capsys.readouterr().err
+
+
+def test_heads_need_a_model_to_guess_for(train, tmp_path):
+    code, screen = train(tmp_path / "run", *HEADS, "--set", "run.initial=None")
+    assert code == 2
+    assert "trains heads of a model that stays as it is: name its run" in one_line(screen)
+
+
 # Stopping and going on.
 
 

@@ -5,6 +5,8 @@ Elsewhere are compared: the cached loop, blocks and rollback with whole passes (
 (`selectors_test`), guesses with none in a dense model (`proposers_test`).
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from mlm.decoding.generate import Generator
 from mlm.decoding.phrases import constraints
 from mlm.decoding.proposers import PROPOSERS
 from mlm.models.families import sparse, t5_style
-from mlm.models.specs import RouterSpec
+from mlm.models.specs import ChimeraSpec, RouterSpec
 from mlm.models.transformer import Transformer
 
 LENGTH = 8
@@ -36,6 +38,7 @@ FAST = {"sample", "beam"}  # others that `loop_test` does not run; the rest are 
 def experts():
     """(model, parameters): every second layer sparse, two of four experts a token, which decoding never drops."""
     dense = t5_style(vocab_size=12, d_model=16, d_ff=16, heads=2, head_dim=8, layers=(2, 2))
+    dense = dataclasses.replace(dense, chimera=ChimeraSpec(heads=4, attention_heads=2, head_dim=8, d_ff=16))
     model = Transformer(sparse(dense, RouterSpec(experts=4, k=2, gates="chosen", capacity=1.0), every=2))
     return model, model.init(jax.random.key(0))
 
