@@ -84,7 +84,7 @@ def test_units_are_those_of_a_plain_loop(block):
 
 
 def test_every_unit_is_drawn_as_often_and_half_of_the_examples_stay():
-    """Units of 2, 3 and 2 targets: 3000 draws, 500 each, standard deviation 20; the one of the next example 1500, 27."""
+    """Units of 2, 3 and 2 targets: 3000 draws, 500 each, standard deviation 20; of the next example's one 1500, 27."""
     batch = jax.tree.map(jnp.asarray, rows_of([[([5], [4, 5, 6, 7, 8, 9, 10, 11, 12], 1), ([5], [7, 8, 9], 1)]]))
     nll = jnp.array([[0, 0, 9, 0, 0, 0, 9, 0, 0, 0, 0, 9]], jnp.float32)
     keys = jax.random.split(jax.random.key(0), 3000)
