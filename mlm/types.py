@@ -15,6 +15,7 @@ its place inside that example is `*_positions`, and its language and task are `*
 A batch for prefix language models also has `decoder_causal_attention`: 1 where a token belongs to its example's prefix.
 A batch for any order has `decoder_ranks`, 0 for a given token and then 1, 2, … in the order of writing,
 `decoder_reads`, the rank below which a position may read, and `decoder_query_tokens`, what stands where it is asked.
+A batch for lexical units has `decoder_placeholders`: 1 where a mask stands in place of the token.
 """
 
 from collections.abc import Callable, Mapping
