@@ -332,6 +332,40 @@ def test_heads_are_trained_on_a_run_and_guess_for_it(finished, train, tmp_path, 
     assert "no place for the chimera heads" in capsys.readouterr().err
 
 
+def test_heads_are_trained_on_what_the_run_decodes_with(tiny_run):
+    """Its running mean, where it kept one; other objectives go on from the parameters themselves."""
+    from dataclasses import replace
+
+    import mlm
+    from mlm.cli.train import Plan, _initial
+    from mlm.data.vocabulary import load_vocabulary
+    from mlm.models.specs import ChimeraSpec
+    from mlm.parallel import MeshConfig, make_mesh
+    from mlm.training.optimizers import make_optimizer
+    from mlm.training.trainer import TrainConfig, Trainer
+
+    one, vocabulary = jax.devices()[:1], load_vocabulary(str(tiny_run / "vocabulary.json"))
+    base = mlm.load(tiny_run, devices=one)
+    optimizer = make_optimizer("adamw", learning_rate=0.1)
+    for objective, chimera in (("chimera", ChimeraSpec(heads=1, d_ff=16)), ("text_to_text", None)):
+        model, config = replace(base.config, chimera=chimera), TrainConfig(steps=1, objective=objective)
+        plan = Plan(
+            model=model,
+            data=None,
+            train=config,
+            optimizer=optimizer,
+            schedule=float,
+            run_dir="",
+            initial=str(tiny_run),
+        )
+        trainer = Trainer(model, config, optimizer, make_mesh(MeshConfig(), one), 5)
+        params = _initial(plan, trainer, vocabulary).params
+        wanted = base if chimera else mlm.load(tiny_run, parameters="params", devices=one)
+        params.pop("chimera", None)
+        jax.tree.map(np.testing.assert_array_equal, params, wanted.params)
+    assert (base.parameters, wanted.parameters) == ("ema", "params")
+
+
 def test_heads_need_a_model_to_guess_for(train, tmp_path):
     code, screen = train(tmp_path / "run", *HEADS, "--set", "run.initial=None")
     assert code == 2
