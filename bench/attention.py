@@ -23,7 +23,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mlm.models.attention import Seen, attend  # noqa: E402
+from mlm.models.attention import Keys, attend  # noqa: E402
 from mlm.models.blockwise import attend_blockwise  # noqa: E402
 from mlm.models.positions import relative_bucket  # noqa: E402
 from mlm.models.sight import Sight  # noqa: E402
@@ -67,7 +67,7 @@ def ours(path, length, tokens, causal, backward):
             heads=H,
             table=table,
         )
-        return attention(q, [Seen(k, v, sight)])
+        return attention(q, [Keys(k, v, sight)])
 
     return jax_call(values, length, tokens, backward)
 

@@ -26,7 +26,7 @@ MASKED = -1e10
 
 
 @dataclass(frozen=True)
-class Seen:
+class Keys:
     """Keys and values, and how they are seen. Fewer rows than the queries: each serves the same number of them, in
     order (beams of one source); fewer heads: likewise.
     """
@@ -38,7 +38,7 @@ class Seen:
 
 def attend(
     query: Float[Array, "R H T K"],
-    seen: Sequence[Seen],
+    seen: Sequence[Keys],
     *,
     scale: float | Float[Array, ""] | None = None,
     softcap: float | None = None,
@@ -72,7 +72,7 @@ def mean_values(
 
 
 def logits_of(
-    query: Float[Array, "R H T K"], piece: Seen, scale: float | Array | None, softcap: float | None
+    query: Float[Array, "R H T K"], piece: Keys, scale: float | Array | None, softcap: float | None
 ) -> Float[Array, "R H T S"]:
     """cap(scale q k^T) + bias in float32; `MASKED` where the piece is not seen."""
     logits = _unfold(_scores(_fold(query, piece.key), piece.key), query)
@@ -188,10 +188,10 @@ class Attention(Sublayer):
         seen = []
         if self.spec.reads_itself:
             k, v = self.keys_values(h, view.positions)
-            seen.append(Seen(k, v, self._sight(view)))
+            seen.append(Keys(k, v, self._sight(view)))
         if self.spec.reads_memory:
             k, v = self.keys_values(view.memory)
-            seen.append(Seen(k, v, view.memory_sight()))
+            seen.append(Keys(k, v, view.memory_sight()))
         return self.attended(self.queries(h, view.positions), seen, its.rate, key, _path(view, its)), None
 
     def block(
@@ -201,9 +201,9 @@ class Attention(Sublayer):
         if self.spec.reads_itself:
             k, v = self.keys_values(h, view.positions)
             slots = view.written(slots, {"key": k, "value": v}, ring=self.spec.window is not None)
-            seen.append(Seen(slots["key"], slots["value"], self._sight(view)))
+            seen.append(Keys(slots["key"], slots["value"], self._sight(view)))
         if self.spec.reads_memory:
-            seen.append(Seen(kept["key"], kept["value"], view.memory_sight()))
+            seen.append(Keys(kept["key"], kept["value"], view.memory_sight()))
         return self.attended(self.queries(h, view.positions), seen, 0.0, None, _path(view, its)), slots
 
     def kept(self, memory: SourceHidden | None, real: Bool[Array, "B S"] | None) -> PyTree:
@@ -234,7 +234,7 @@ class Attention(Sublayer):
     def attended(
         self,
         query: Float[Array, "R H T K"],
-        seen: Sequence[Seen],
+        seen: Sequence[Keys],
         rate: float,
         key: Key[Array, ""] | None,
         by: Attend = attend,

@@ -16,7 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from mlm.models.attention import MASKED, Seen, logits_of, mean_values
+from mlm.models.attention import MASKED, Keys, logits_of, mean_values
 from mlm.models.layers import dropout
 from mlm.models.sight import Sight
 
@@ -37,7 +37,7 @@ class _Plan:
 
 def attend_blockwise(
     query: Float[Array, "R H T K"],
-    seen: Sequence[Seen],
+    seen: Sequence[Keys],
     *,
     scale: float | Float[Array, ""] | None = None,
     softcap: float | None = None,
@@ -188,7 +188,7 @@ def _logits(plan: _Plan, sight: Sight) -> Callable:
     """Logits of a block as a function of what has a gradient; `MASKED` where a key is not seen."""
 
     def logits(q, k, table, scale):
-        piece = Seen(k, k, replace(sight, table=table))
+        piece = Keys(k, k, replace(sight, table=table))
         return logits_of(q, piece, plan.scale if scale is None else scale, plan.softcap)
 
     return logits

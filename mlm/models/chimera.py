@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mlm.models.attention import Attention, Seen
+from mlm.models.attention import Attention, Keys
 from mlm.models.layers import FeedForward, Norm, Pass, parameter, product, zeros
 from mlm.models.positions import segment_positions
 from mlm.models.sight import Drawn, segment_mask
@@ -129,9 +129,9 @@ class Chimera(nnx.Module):
         """
         h = self.attention_norm(z)
         alone = lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], 1, x.shape[3])  # noqa: E731
-        states = Seen(key, value, Drawn(sees.reshape(-1, 1, 1, sees.shape[2])))
+        states = Keys(key, value, Drawn(sees.reshape(-1, 1, 1, sees.shape[2])))
         own_key, own_value = self.self_attention.keys_values(h, at)
-        itself = Seen(alone(own_key), alone(own_value), Drawn(jnp.ones((1, 1, 1, 1), bool)))
+        itself = Keys(alone(own_key), alone(own_value), Drawn(jnp.ones((1, 1, 1, 1), bool)))
         query = alone(self.self_attention.queries(h, at))
         z = z + self.self_attention.attended(query, [states, itself], 0.0, None).reshape(z.shape)
         return z + self.ffn(self.ffn_norm(z), Pass(real=jnp.ones(z.shape[:2], bool)), None)

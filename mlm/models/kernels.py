@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from mlm.models.attention import Seen
+from mlm.models.attention import Keys
 from mlm.models.blockwise import SAVED
 from mlm.models.config import StackConfig
 from mlm.models.sight import Sight
@@ -17,7 +17,7 @@ from mlm.models.sight import Sight
 
 def attend_cudnn(
     query: Float[Array, "R H T K"],
-    seen: Sequence[Seen],
+    seen: Sequence[Keys],
     *,
     scale: float | Float[Array, ""] | None = None,
     softcap: float | None = None,
@@ -45,7 +45,7 @@ def attend_cudnn(
 
 def attend_splash(
     query: Float[Array, "R H T K"],
-    seen: Sequence[Seen],
+    seen: Sequence[Keys],
     *,
     scale: float | Float[Array, ""] | None = None,
     softcap: float | None = None,

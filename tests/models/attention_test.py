@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlm.models.attention import Attention, Seen, attend
+from mlm.models.attention import Attention, Keys, attend
 from mlm.models.positions import rotate
 from mlm.models.sight import Drawn, order_mask, reach
 from mlm.models.specs import AttentionSpec, NormSpec, PositionSpec
@@ -31,7 +31,7 @@ def test_joint_attention_golden(source_mask, want):
     source = jnp.array([[1.0, -1.0], [2.0, 0.0]])[None, None]
     turned = rotate(own, jnp.arange(3)[None], PositionSpec(kind="rope"))
     causal = order_mask(jnp.arange(3), jnp.arange(3), reach(causal=True, window=None))[None, None]
-    seen = [Seen(turned, own, Drawn(causal)), Seen(source, source, Drawn(jnp.array(source_mask)[None, None, None]))]
+    seen = [Keys(turned, own, Drawn(causal)), Keys(source, source, Drawn(jnp.array(source_mask)[None, None, None]))]
     got = attend(turned, seen, scale=2**-0.5)
     np.testing.assert_allclose(got[0, 0], want, atol=1e-4)
 
@@ -40,30 +40,30 @@ def test_joint_without_source_keys_is_self_attention_and_without_own_keys_cross_
     q, k, v, m, n = (random(1, 2, 3, 4, seed=i) for i in range(5))
     none = Drawn(~ALL.mask)
     for kept, dropped in (((k, v), (m, n)), ((m, n), (k, v))):
-        alone = attend(q, [Seen(*kept, ALL)])
-        np.testing.assert_allclose(attend(q, [Seen(*kept, ALL), Seen(*dropped, none)]), alone, rtol=1e-6)
+        alone = attend(q, [Keys(*kept, ALL)])
+        np.testing.assert_allclose(attend(q, [Keys(*kept, ALL), Keys(*dropped, none)]), alone, rtol=1e-6)
 
 
 def test_grouped_heads_equal_repeated_keys():
     q, k, v = random(2, 6, 5, 4), random(2, 3, 7, 4, seed=1), random(2, 3, 7, 4, seed=2)
     mask = random(2, 1, 5, 7, seed=3) > 0
     bias = random(1, 6, 5, 7, seed=4)
-    want = attend(q, [Seen(jnp.repeat(k, 2, 1), jnp.repeat(v, 2, 1), Drawn(mask, bias))])
-    np.testing.assert_allclose(attend(q, [Seen(k, v, Drawn(mask, bias))]), want, rtol=1e-5, atol=1e-6)
+    want = attend(q, [Keys(jnp.repeat(k, 2, 1), jnp.repeat(v, 2, 1), Drawn(mask, bias))])
+    np.testing.assert_allclose(attend(q, [Keys(k, v, Drawn(mask, bias))]), want, rtol=1e-5, atol=1e-6)
 
 
 def test_beams_that_share_a_source_equal_copies_of_it():
     q, k, v = random(6, 4, 2, 8), random(2, 2, 5, 8, seed=1), random(2, 2, 5, 8, seed=2)
     mask = jnp.arange(5)[None, None, None] < jnp.array([3, 5])[:, None, None, None]
-    want = attend(q, [Seen(jnp.repeat(k, 3, 0), jnp.repeat(v, 3, 0), Drawn(jnp.repeat(mask, 3, 0)))])
-    np.testing.assert_allclose(attend(q, [Seen(k, v, Drawn(mask))]), want, rtol=1e-5, atol=1e-6)
+    want = attend(q, [Keys(jnp.repeat(k, 3, 0), jnp.repeat(v, 3, 0), Drawn(jnp.repeat(mask, 3, 0)))])
+    np.testing.assert_allclose(attend(q, [Keys(k, v, Drawn(mask))]), want, rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_of_a_shared_bias_sums_over_rows():
     q, k, v = random(3, 2, 4, 8), random(3, 2, 4, 8, seed=1), random(3, 2, 4, 8, seed=2)
 
     def loss(bias):
-        return jnp.sum(attend(q, [Seen(k, v, Drawn(ALL.mask, bias))]) ** 2)
+        return jnp.sum(attend(q, [Keys(k, v, Drawn(ALL.mask, bias))]) ** 2)
 
     bias = random(1, 2, 4, 4, seed=3)
     each = jax.grad(loss)(jnp.repeat(bias, 3, 0))
@@ -72,7 +72,7 @@ def test_the_gradient_of_a_shared_bias_sums_over_rows():
 
 def test_softcap_bounds_logits():
     q, v = 100 * random(1, 1, 3, 4), jnp.eye(3, 4)[None, None]
-    weights = attend(q, [Seen(q, v, ALL)], softcap=1.0)[..., :3]
+    weights = attend(q, [Keys(q, v, ALL)], softcap=1.0)[..., :3]
     # Logits within [-1, 1]: of one query, no weight is more than e^2 times another.
     assert float((weights.max(-1) / weights.min(-1)).max()) <= np.exp(2) * (1 + 1e-5)
 
@@ -94,9 +94,9 @@ def test_normed_queries_and_keys_do_not_care_for_the_size_of_weights():
     x = random(1, 5, 8)
     for kind in ("rms", "l2_scalar"):
         body = module(qk_norm=kind)
-        before = body.attended(body.queries(x), [Seen(*body.keys_values(x), ALL)], 0.0, None)
+        before = body.attended(body.queries(x), [Keys(*body.keys_values(x), ALL)], 0.0, None)
         body.query[...] = body.query[...] * 10
-        after = body.attended(body.queries(x), [Seen(*body.keys_values(x), ALL)], 0.0, None)
+        after = body.attended(body.queries(x), [Keys(*body.keys_values(x), ALL)], 0.0, None)
         np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-5)
 
 

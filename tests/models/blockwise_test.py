@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlm.models import blockwise
-from mlm.models.attention import Seen, attend
+from mlm.models.attention import Keys, attend
 from mlm.models.blockwise import attend_blockwise
 from mlm.models.sight import Sight
 from mlm.models.specs import NO_POSITION, PositionSpec
@@ -54,7 +54,7 @@ def joint(path, case, q, k, v, source_k, source_v, table, scale):
     rate, softcap = case.pop("rate", 0.0), case.pop("softcap", None)
     table = table if case["position"].kind == "t5_bucket" else None
     own = Sight(shape=(T, T), segments=(SEGMENTS, SEGMENTS), heads=H, table=table, **case)
-    seen = [Seen(k, v, own), Seen(source_k, source_v, Sight(shape=(T, S), segments=(SEGMENTS, SOURCE_SEGMENTS)))]
+    seen = [Keys(k, v, own), Keys(source_k, source_v, Sight(shape=(T, S), segments=(SEGMENTS, SOURCE_SEGMENTS)))]
     return path(q, seen, scale=scale, softcap=softcap, rate=rate, dropout_key=jax.random.key(3) if rate else None)
 
 
@@ -112,7 +112,7 @@ def test_nothing_of_size_queries_times_keys_is_ever_held(prefix):
             heads=2,
             table=table,
         )
-        return jnp.sum(path(q, [Seen(k, v, sight)]) ** 2)
+        return jnp.sum(path(q, [Keys(k, v, sight)]) ** 2)
 
     inputs = *(random(1, 2, length, 4, seed=i) for i in range(3)), random(2, 32)
     largest = {
@@ -165,7 +165,7 @@ def test_beams_share_a_source_and_queries_begin_anywhere():
         shape=(20, 40), start=start, causal=True, position=PositionSpec(), heads=H, table=random(H, 32, seed=5)
     )
     source = Sight(shape=(20, S), segments=(jnp.ones((1, 20), jnp.int32), (SOURCE_SEGMENTS > 0).astype(jnp.int32)))
-    seen = [Seen(own_k, own_v, sight), Seen(k, v, source)]
+    seen = [Keys(own_k, own_v, sight), Keys(k, v, source)]
     got, want = (
         jax.jit(lambda q, path=path: path(q, seen))(q) for path in (partial(attend_blockwise, block=16), attend)
     )
@@ -181,7 +181,7 @@ def test_rows_and_heads_split_over_devices_need_no_more_than_a_sum_of_gradients(
         sight = Sight(
             shape=(32, 32), causal=True, segments=(segments, segments), position=PositionSpec(), heads=H, table=table
         )
-        return jnp.sum(attend_blockwise(q, [Seen(k, v, sight)], block=8) ** 2)
+        return jnp.sum(attend_blockwise(q, [Keys(k, v, sight)], block=8) ** 2)
 
     gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
     inputs = *(random(4, H, 32, K, seed=i) for i in range(3)), random(H, 32, seed=5), segments

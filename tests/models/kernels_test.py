@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models.attention import Seen, attend
+from mlm.models.attention import Keys, attend
 from mlm.models.config import ATTENTION_PATHS
 from mlm.models.kernels import attend_cudnn, attend_splash
 from mlm.models.paths import PATHS
@@ -91,7 +91,7 @@ def test_cudnn_is_told_all_that_plain_attention_knows(monkeypatch):
         own = Sight(
             shape=(8, 8), causal=True, segments=(segments, segments), position=PositionSpec(), heads=4, table=table
         )
-        seen = [Seen(k, v, own), Seen(source_k, source_v, Sight(shape=(8, 6), segments=(segments, source)))]
+        seen = [Keys(k, v, own), Keys(source_k, source_v, Sight(shape=(8, 6), segments=(segments, source)))]
         values = path(q, seen, scale=scale)
         return jnp.sum(values**2), values
 
@@ -112,7 +112,7 @@ SPLASH = {
 
 def splashed(case, path, q, k, v):
     sight, softcap = SPLASH[case]
-    seen = [Seen(k, v, Sight(shape=(256, 256), segments=(SEGMENTS, SEGMENTS), **sight))]
+    seen = [Keys(k, v, Sight(shape=(256, 256), segments=(SEGMENTS, SEGMENTS), **sight))]
     values = jnp.where((SEGMENTS > 0)[:, None, :, None], path(q, seen, scale=0.5, softcap=softcap), 0)
     return jnp.sum(values**2), values
 
