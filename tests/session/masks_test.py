@@ -114,11 +114,27 @@ def test_a_drafter_of_blocks_brings_its_mask_token(learned, tiny_run, capsys):
     assert capsys.readouterr().out.rstrip("\n") == plain[0]
 
 
+def test_a_run_of_lexical_units_brings_its_mask_token(learned, capsys):
+    path = learned("lexical_units")
+    run = mlm.load(path, devices=jax.devices()[:1], batch_size=4)
+    token = run.vocabulary.special("<extra_id_0>")
+    options = {"guesses": 3, "threshold": 0.01}
+    assert run.generator("lexical_units", options).config.mask_token == token
+    (want,) = run.generate(SOURCES[:1], "fr", "lexical_units", mask_token=token, **options)
+    command = ["generate", SOURCES[0], "--run_dir", path, "--to", "fr", "--method", "lexical_units"]
+    assert main([*command, "--guesses", "3", "--threshold", "0.01"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == want
+    other = mlm.load(learned("mask_block"), devices=jax.devices()[:1], batch_size=4)
+    with pytest.raises(ValueError, match="method='lexical_units' needs the token that the model was trained to fill"):
+        other.generate(SOURCES[:1], "fr", "lexical_units", **options)
+
+
 def test_training_says_what_it_learned_to_fill():
     from mlm.objectives.any_order import AnyOrder
     from mlm.training.trainer import TrainConfig
 
     assert TrainConfig(steps=1).masks is None
     assert TrainConfig(steps=1, any_order=AnyOrder(mask_token=9)).masks == {"objective": "any_order", "mask_token": 9}
-    blocks = TrainConfig(steps=1, objective="mask_block", block=4, mask_token=7)
-    assert blocks.masks == {"objective": "mask_block", "mask_token": 7, "block": 4}
+    for objective in ("mask_block", "lexical_units"):
+        blocks = TrainConfig(steps=1, objective=objective, block=4, mask_token=7)
+        assert blocks.masks == {"objective": objective, "mask_token": 7, "block": 4}
