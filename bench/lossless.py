@@ -3,13 +3,15 @@
     python bench/lossless.py [--steps 1500] [--repeats 5] [--lines 64] [--json FILE]
 
 The task is made here: lines of 40 words out of 30, of which 2 to 10 % are misspelled in the source; the target has them
-right. A model of 4 + 4 layers, a draft of 1 + 1, and one of 1 + 1 that fills blocks of masks are trained on it, then 64
-unseen lines are corrected one at a time, greedily, 2 threads: one token a pass, and with guesses of every kind, chains
-and trees. Tokens must be the same before anything is timed. Tokens a pass with the draft are set against
-(1 - a^(W+1)) / (1 - a), a the share of positions where, behind the same tokens, both choose the same.
+right. A model of 4 + 4 layers, a draft of 1 + 1, and one of 1 + 1 that fills blocks of masks are trained on it, and
+Chimera heads on the finished model, for as many steps. Then 64 unseen lines are corrected one at a time, greedily, 2
+threads: one token a pass, and with guesses of every kind, chains and trees. Tokens must be the same before anything is
+timed. Tokens a pass with the draft are set against (1 - a^(W+1)) / (1 - a), a the share of positions where, behind the
+same tokens, both choose the same.
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 
 from timing import environment, huge_pages, measure, pin_threads, report
@@ -18,6 +20,7 @@ huge_pages()
 pin_threads(2)
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from mlm.data.batching import Example, Packer  # noqa: E402
@@ -25,6 +28,7 @@ from mlm.decoding.config import DecodeConfig  # noqa: E402
 from mlm.decoding.generate import Generator  # noqa: E402
 from mlm.decoding.proposers import PROPOSERS  # noqa: E402
 from mlm.models.families import fairseq_style  # noqa: E402
+from mlm.models.specs import ChimeraSpec  # noqa: E402
 from mlm.models.transformer import Transformer  # noqa: E402
 from mlm.parallel import MeshConfig, global_batch, make_mesh  # noqa: E402
 from mlm.training.optimizers import make_optimizer  # noqa: E402
@@ -41,6 +45,7 @@ WAYS = {  # name -> how tokens are guessed
     "ngram_table, tree": {"proposer": "ngram_table", "guesses": 12, "branches": 2},
     "staged": {"proposer": "staged", "guesses": 4},
     "mask_block": {"proposer": "mask_block", "guesses": 8, "mask_token": MASK},
+    "chimera": {"proposer": "chimera", "guesses": 3},
 }
 SIZES = {"model": (256, 4), "draft_model": (64, 1), "mask_block": (64, 1)}  # width, layers of each stack
 TARGETS = {"passes": 4.0, "seconds": 2.5, "formula": 0.1}
@@ -54,16 +59,18 @@ def lines(count, random):
     return tuple(np.concatenate([x, end], axis=1) for x in (np.where(wrong, right + WORDS, right), right))
 
 
-def trained(name, steps):
-    """(model, parameters, loss of the last steps in nats per token)."""
+def sized(name):
     width, layers = SIZES[name]
-    config = fairseq_style(d_model=width, d_ff=2 * width, heads=4, layers=layers, vocab_size=VOCABULARY)
+    return fairseq_style(d_model=width, d_ff=2 * width, heads=4, layers=layers, vocab_size=VOCABULARY)
+
+
+def trained(config, steps, block=0, params=None, **options):
+    """(model, parameters, loss of the last steps in nats per token). params: to begin with."""
     optimizer = make_optimizer("adamw", learning_rate=1e-3, weight_decay=0.0)
-    block = WAYS[name]["guesses"] if name == "mask_block" else 0
     masking = {"objective": "mask_block", "block": block, "mask_token": MASK} if block else {}
-    train = TrainConfig(steps=steps, z_loss=0.0, **masking)
+    train = TrainConfig(steps=steps, z_loss=0.0, **masking, **options)
     trainer = Trainer(config, train, optimizer, make_mesh(MeshConfig()), languages=2)
-    state, random, losses = trainer.init(), np.random.default_rng(1), []
+    state, random, losses = trainer.init(jax.tree.map(jnp.copy, params)), np.random.default_rng(1), []
     for _ in range(steps):
         packer = Packer(LENGTH + 1, LENGTH + 1 + block, pack=False)
         for source, target in zip(*lines(ROWS, random), strict=True):
@@ -97,8 +104,15 @@ def main():
     parser.add_argument("--lines", type=int, default=64)
     parser.add_argument("--json")
     options = parser.parse_args()
-    models = {name: trained(name, options.steps) for name in SIZES}
+    models = {
+        name: trained(sized(name), options.steps, WAYS[name]["guesses"] if name == "mask_block" else 0)
+        for name in SIZES
+    }
     model, params, _ = models["model"]
+    heads = ChimeraSpec(heads=WAYS["chimera"]["guesses"], attention_heads=4, head_dim=64, d_ff=512)
+    models["chimera"] = trained(
+        replace(sized("model"), chimera=heads), options.steps, params=params, objective="chimera"
+    )
     sources, targets = lines(options.lines, np.random.default_rng(2))
     width = LENGTH + 1
     generators = {"none": Generator(model, DecodeConfig(max_length=width))}
@@ -109,11 +123,13 @@ def main():
     }
     for name, way in WAYS.items():
         draft = drafts[name][0] if name in drafts else None
-        generators[name] = Generator(model, DecodeConfig(max_length=width, **way), draft=draft)
+        own = models["chimera"][0] if name == "chimera" else model
+        generators[name] = Generator(own, DecodeConfig(max_length=width, **way), draft=draft)
 
     def correct(name):
         extra = {"draft": drafts[name][1]} if name in drafts else {}
-        return [generators[name](params, [source], **extra) for source in sources]
+        own = models["chimera"][1] if name == "chimera" else params
+        return [generators[name](own, [source], **extra) for source in sources]
 
     found = {name: correct(name) for name in generators}
     written = {name: np.stack([one.tokens[0, 0] for one in results]) for name, results in found.items()}
