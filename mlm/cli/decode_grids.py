@@ -8,7 +8,7 @@ A method that stands in `METHODS` without a grid here is tried at its defaults.
 
 import ast
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -80,9 +80,15 @@ def parse_grid(text: str) -> tuple[str, Grid]:
     return method, grid
 
 
-def settings(method: str, grids: Iterable[Grid]) -> list[Setting]:
+def as_given(method: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    return options
+
+
+def settings(
+    method: str, grids: Iterable[Grid], decide: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] = as_given
+) -> list[Setting]:
     """The method's defaults, then every point of its grids, each once; a method that needs more than defaults is tried
-    where its grids say it.
+    where its grids say it. decide: (method, options) -> these and what the runs decide.
 
     Raises UsageError for a point that the method does not take.
     """
@@ -92,7 +98,7 @@ def settings(method: str, grids: Iterable[Grid]) -> list[Setting]:
         for values in itertools.product(*grid.values()):
             options = {n: v for n, v in zip(grid, values, strict=True) if v != getattr(DEFAULTS, n)}
             try:
-                found.setdefault(DecodeConfig(method=method, **options), Setting(method, options))
+                found.setdefault(DecodeConfig(method=method, **decide(method, options)), Setting(method, options))
             except ValueError as error:
                 if not grid and grids:
                     continue

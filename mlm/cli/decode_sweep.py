@@ -183,6 +183,7 @@ class _Sweep:
 def _plan(flags: argparse.Namespace) -> tuple[dict[str, list], list[Any], dict[str, str]]:
     """(method -> its grids, the settings of all methods in order, method -> why its defaults alone make no sense)."""
     from mlm.cli.decode_grids import GRIDS, parse_grid, settings
+    from mlm.cli.decoding_flags import by_runs
     from mlm.decoding.config import METHODS
 
     own: dict[str, list] = {}
@@ -194,10 +195,10 @@ def _plan(flags: argparse.Namespace) -> tuple[dict[str, list], list[Any], dict[s
         METHODS[method]  # raises UnknownName with the nearest
     methods = dict.fromkeys([*named, *own] or METHODS)
     grids = {method: own.get(method) or list(GRIDS.get(method, ())) for method in methods}
-    asked, refused = [], {}
+    asked, refused, decide = [], {}, by_runs(flags)
     for method, of_method in grids.items():
         try:
-            asked += settings(method, of_method)
+            asked += settings(method, of_method, decide)
         except UsageError as error:
             if flags.methods or flags.grid:
                 raise

@@ -2,14 +2,20 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlm.cli.main import UsageError
 
+
+def token(text: str) -> int | str:
+    """An id, or the name of a special token."""
+    return int(text) if text.isdigit() else text
+
+
 AXES = ("data", "fsdp", "expert", "tensor", "replica")
 # option of DecodeConfig -> (type, help). A function's value of a beginning is for a session alone.
-OPTIONS: dict[str, tuple[type, str]] = {
+OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "beams": (int, "beam, diverse_beam, constrained_beam: hypotheses kept (default 4)"),
     "groups": (int, "diverse_beam: parts of the beams that avoid each other's tokens (default 2)"),
     "diversity": (float, "diverse_beam: nats that a token costs for each earlier beam that chose it (default 0.5)"),
@@ -45,9 +51,9 @@ OPTIONS: dict[str, tuple[type, str]] = {
     ),
     "branches": (int, "guesses behind a guess at most (default 1: a chain; more make a tree)"),
     "mask_token": (
-        int,
-        "mask_block, lexical_units: id of the token that the drafter, or the model, fills (default: as its run was "
-        "trained)",
+        token,
+        "mask_block, lexical_units: id or name of the token that the drafter, or the model, fills (default: as its run "
+        "was trained)",
     ),
     "threshold": (
         float,
@@ -184,16 +190,16 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     """The search as `Session.decode` takes it. Raises UsageError for an unknown method or options that do not fit."""
     from mlm.decoding.config import DecodeConfig
     from mlm.decoding.proposers import PROPOSERS
+    from mlm.session.masks import Masks
 
     filed = _of_gin(flags.gin_file)
     texts = {name: filed.pop(name) for name in TEXTS if name in filed}
     given = filed | {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
     method = flags.method or given.pop("method", "greedy")
     given.pop("method", None)
-    if method == "lexical_units":
-        _learned(flags.run_dir, method, given)
     if flags.draft:
-        blocks = given.get("proposer", "mask_block") == "mask_block" and _learned(flags.draft, "mask_block", given)
+        masks = Masks.of_run(_written(flags.draft, "data.json"))
+        blocks = masks is not None and masks.objective == "mask_block"
         drafting = "staged" if flags.ngram_text else "draft_model"
         given.setdefault("proposer", "mask_block" if blocks or given.get("mask_token") is not None else drafting)
     elif flags.ngram_text:
@@ -208,7 +214,9 @@ def decode_options(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.contrast or contrast_to:
         given["contrast"] = "model" if flags.contrast else "language"
     try:
-        proposer = PROPOSERS[DecodeConfig(method=method, **given).proposer]
+        given = by_runs(flags)(method, given)
+        known = {"mask_token": 1} if isinstance(given.get("mask_token"), str) else {}  # the session finds its id
+        proposer = PROPOSERS[DecodeConfig(method=method, **{**given, **known}).proposer]
     except (KeyError, ValueError) as error:
         raise UsageError(str(error.args[0])) from error
     for flag, path, reads in (
@@ -237,17 +245,23 @@ def _of_gin(files: Sequence[str]) -> dict[str, Any]:
     return configuration.bound("decode")
 
 
-def _learned(run_dir: str, objective: str, options: dict[str, Any]) -> bool:
-    """Whether the run says that it learned to fill masks by this objective; its mask token then joins the options."""
-    from mlm.checkpoints.run_directory import RunDirectory
-    from mlm.session.masks import Masks
+def by_runs(flags: argparse.Namespace) -> Callable[[str, Mapping[str, Any]], dict[str, Any]]:
+    """(method, options) -> these with what --run_dir and --draft decide (`mlm.session.masks.decided`)."""
+    from mlm.session.masks import decided
 
-    run = RunDirectory(run_dir)
-    masks = Masks.of_run(run.read_json("data.json")) if (run / "data.json").exists() else None  # `load` misses a run
-    if masks is None or masks.objective != objective:
-        return False
-    options.setdefault("mask_token", masks.mask_token)
-    return True
+    data, model = (_written(flags.run_dir, name) for name in ("data.json", "model.json"))
+    draft = _written(flags.draft, "data.json") if flags.draft else None
+    heads = (model.get("chimera") or {}).get("heads")
+    return lambda method, options: decided(method, options, data, draft, heads)
+
+
+def _written(run_dir: str, name: str) -> dict[str, Any]:
+    """A file of a run; nothing where it is missing, as `load` will say."""
+    from mlm.checkpoints.run_directory import RunDirectory
+    from mlm.session.loading import path_and_step
+
+    run = RunDirectory(path_and_step(run_dir)[0])
+    return run.read_json(name) if (run / name).exists() else {}
 
 
 def _numbers(text: str) -> tuple[int, ...]:

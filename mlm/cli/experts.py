@@ -130,7 +130,13 @@ def _load(flags: argparse.Namespace) -> Any:
     import mlm
 
     with screen.working(f"reading {flags.run}"):
-        return mlm.load(flags.run, step=flags.step)
+        session = mlm.load(flags.run, step=flags.step)
+    if session.config.chimera is not None:
+        raise UsageError(
+            f"{flags.run} has chimera heads, which would guess by states that its experts change: take the run that "
+            "they were trained on (run.initial in its config.gin), and train heads on what comes out"
+        )
+    return session
 
 
 def _write(flags: argparse.Namespace, session: Any, config: Any, params: Any) -> None:

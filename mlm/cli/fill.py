@@ -11,6 +11,9 @@ from mlm.cli.main import UsageError
 def run(arguments: list[str]) -> int:
     """Prints the text. Raises UsageError for a text without a blank, a missing source, options out of range."""
     flags = _parse(arguments)
+    for name in ("draft", "contrast", "ngram_text", "ensemble"):
+        if getattr(flags, name):
+            raise UsageError(f"--{name} means nothing to filling, which one model does: leave it out")
     session = decoding_flags.open_session(flags)
     languages = decoding_flags.languages(session, flags)
     given = {name: getattr(flags, name) for name in ("block", "temperature", "seed")}
@@ -33,7 +36,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("text", help="what is to be filled; <extra_id_0>, or the run's mask token, for each blank")
     parser.add_argument("--source", metavar="TEXT", help="what the encoder reads, of a model that has one")
-    parser.add_argument("--mask_token", metavar="NAME", help="the blank, where the run does not say (<extra_id_0>, …)")
+    parser.add_argument(
+        "--mask_token",
+        type=decoding_flags.token,
+        metavar="TOKEN",
+        help="id or name of the blank, where the run does not say (<extra_id_0>, …)",
+    )
     parser.add_argument("--block", type=int, metavar="N", help="blanks guessed at once (default 8; 1: none ahead)")
     parser.add_argument("--temperature", type=float, metavar="T", help="below 1 sharper, above 1 flatter (default 1)")
     parser.add_argument("--seed", type=int, help="(default 0)")

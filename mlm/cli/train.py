@@ -199,7 +199,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         _describe_run(plan, directory, trainer, rows, config_text, start)
 
     if start < plan.train.steps:
-        flops = heads_flops if plan.train.objective == "chimera" else training_flops
+        flops = heads_flops if plan.train.trains_heads else training_flops
         codes = [language.code or "-" for language in LANGUAGES]
         with (
             MetricWriter(directory.path, codes, start) as writer,
@@ -256,12 +256,17 @@ def _initial(plan: Plan, trainer: Any, vocabulary: Any) -> Any:
         if theirs.chimera is None and ours.chimera is not None:
             ours = dataclasses.replace(ours, chimera=None)
             del wanted["chimera"]
+        elif ours.chimera is None and theirs.chimera is not None:
+            raise ValueError(
+                f"run.initial={plan.initial!r} has chimera heads, which only objective='chimera' trains: begin with "
+                "the run that they were trained on, run.initial in its config.gin"
+            )
         lines = differences(to_json(mathematics(ours)), to_json(mathematics(theirs)))
         if lines:
             raise ValueError(f"run.initial={plan.initial!r} holds another model:\n  " + "\n  ".join(lines[:8]))
         check_same_vocabulary(data["vocabulary_digest"], vocabulary, plan.initial, "this run")
         checkpointer = Checkpointer(str(source.checkpoints), read_only=True)
-        subtree = parameters_kept(checkpointer, None) if plan.train.objective == "chimera" else "params"
+        subtree = parameters_kept(checkpointer, None) if plan.train.trains_heads else "params"
         restored = checkpointer.restore_params(None, wanted, subtree)
     except (ValueError, CheckpointError) as error:
         raise UsageError(str(error)) from error
@@ -335,7 +340,7 @@ def _check_heads(plan: Plan, directory: Any) -> None:
     from mlm.checkpoints import Checkpointer
 
     begun = Checkpointer(str(directory.checkpoints), read_only=True).latest()
-    if plan.train.objective == "chimera" and plan.initial is None and not begun:
+    if plan.train.trains_heads and plan.initial is None and not begun:
         raise ValueError(
             "objective='chimera' trains heads of a model that stays as it is: name its run, with --set "
             "run.initial=runs/base, and its own gin file for the rest"
@@ -432,11 +437,23 @@ def _describe_run(plan: Plan, directory: Any, trainer: Any, rows: Any, config_te
     }
     if (template := rows.config.template) is not None:
         data["template"] = template.to_json()
-    if (masks := plan.train.masks) is not None:
+    if (masks := _masks(plan, directory)) is not None:
         data["masks"] = masks
     directory.write_json("data.json", data)
     if plan.initial and not start:
         _keep_origin(Path(plan.initial).expanduser(), directory)
+
+
+def _masks(plan: Plan, directory: Any) -> dict[str, Any] | None:
+    """What the run says of the masks that it fills: heads on a run change nothing of what that has learned."""
+    from mlm.checkpoints.run_directory import RunDirectory
+
+    if not plan.train.trains_heads:
+        return plan.train.masks
+    begun = (directory / "data.json").exists()
+    return (
+        (directory if begun or plan.initial is None else RunDirectory(plan.initial)).read_json("data.json").get("masks")
+    )
 
 
 def _keep_origin(initial: Path, directory: Any) -> None:

@@ -257,8 +257,8 @@ class DecodeConfig:
         proposer = PROPOSERS[self.proposer]
         if (proposer.drafts or proposer.heads) and (layers or self.contrast != "none"):
             raise ValueError(
-                f"proposer={self.proposer!r} with a contrast: the draft has nobody to be contrasted with, and would "
-                "guess other tokens than those chosen; take proposer='input_copy' or none"
+                f"proposer={self.proposer!r} with a contrast: what guesses here has nobody to be contrasted with, and "
+                "would guess other tokens than those chosen; take proposer='input_copy' or none"
             )
 
     def _is_on(self, option: str) -> bool:

@@ -26,8 +26,9 @@ class CoveredBeam:
         log P(y | x) / ((5 + |y|) / 6)^alpha + weight · sum_s log min(sum_t attention[t, s], 1)
 
     attention[t, s]: weight of source token s while token t is chosen, mean of the heads in the last decoder layer that
-    reads the source; tokens of the prompt count. Who lives on is decided by log P alone, and as no coverage adds
-    anything, the search ends as early as without it. Source: Wu et al. 2016 (arXiv:1609.08144), section 7.
+    reads the source; tokens of the prompt count. Who lives on is decided by log P alone. As no coverage adds anything,
+    what a live hypothesis may reach stays bounded as it was; what has ended scores less, and the search may go on
+    longer. Source: Wu et al. 2016 (arXiv:1609.08144), section 7.
     """
 
     beam: Beam

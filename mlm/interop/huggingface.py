@@ -159,7 +159,8 @@ def describe(config: ModelConfig, family: str | None = None) -> tuple[Family, di
     if config.chimera is not None:
         raise ConversionError(
             "a Hugging Face folder has no place for the chimera heads of this run; export the run that they were "
-            "trained on (run.initial in its config.gin), whose other parameters are the same"
+            "trained on (run.initial in its config.gin), whose other parameters are the same: with --parameters ema "
+            "where that kept a running mean"
         )
     wanted = mathematics(config)
     best: tuple[bool, int, list[str]] | None = None

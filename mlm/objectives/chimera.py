@@ -19,7 +19,8 @@ def chimera(heads: Sequence[Loss], error: Float[Array, "n B T"], weights: Float[
     """One loss of those of the heads, as text to text, the first head first, and of the mean squares of o - h.
 
     Metrics, each (sum, weight): nll, z_loss and accuracy over all heads; nll_head_K and accuracy_head_K; state_error,
-    mean (o - h)^2. By language, and for padding, the first head's: so that a target counts once.
+    mean (o - h)^2. By language, and for padding, the first head's: so that a target counts once, but for the first of
+    each example, which no head predicts.
     """
     distance = jnp.sum(error * weights), jnp.sum(weights)
     metrics = dict(heads[0].metrics, state_error=distance)

@@ -99,7 +99,7 @@ def load(
     restored = checkpoints.restore_params(number, wanted, subtree)
 
     def opened(other: str | os.PathLike) -> Session:
-        path, number = _at(other)
+        path, number = path_and_step(other)
         return load(path, number, mesh=mesh, devices=devices, batch_size=batch_size)
 
     return Session(
@@ -122,7 +122,7 @@ def load(
     )
 
 
-def _at(run_dir: str | os.PathLike) -> tuple[str, str | None]:
+def path_and_step(run_dir: str | os.PathLike) -> tuple[str, str | None]:
     """Path and checkpoint of "runs/small@2000"; without the latter, and where a folder has that name, the path."""
     path, _, step = os.fspath(run_dir).rpartition("@")
     return (path, step) if path and not os.path.exists(run_dir) else (os.fspath(run_dir), None)
@@ -130,7 +130,7 @@ def _at(run_dir: str | os.PathLike) -> tuple[str, str | None]:
 
 def _vocabulary_of(run_dir: str | os.PathLike) -> tuple[str, int]:
     """(digest of the vocabulary, rows of the model's table), as the run says."""
-    run = RunDirectory(_at(run_dir)[0])
+    run = RunDirectory(path_and_step(run_dir)[0])
     return run.read_json("data.json")["vocabulary_digest"], from_json(run.read_json("model.json")).vocab_size
 
 

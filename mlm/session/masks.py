@@ -6,7 +6,8 @@ from typing import Any
 
 from mlm.data.preprocessors import clean_line
 from mlm.data.templates import Frame
-from mlm.session.records import Filled, Source
+from mlm.decoding.buckets import check_tokens
+from mlm.session.records import FilledText, Source
 from mlm.session.session import Session
 from mlm.types import EOS_ID
 
@@ -36,7 +37,7 @@ def fill(
     languages: Sequence[int] | None,
     ids: Sequence[int] | None,
     **options: Any,
-) -> list[Filled]:
+) -> list[FilledText]:
     """See `Session.fill`."""
     if session.ensemble:
         raise ValueError("blanks are filled by one model, and this session has an ensemble: load the run alone")
@@ -60,27 +61,40 @@ def fill(
     read = None if sources is None else [source.tokens for source in sources]
     found = session.filler(token, **options)(session.params, written, read, ids=ids, languages=languages)
     return [
-        Filled(session.text(row[len(given) : length]), row[:length].tolist(), template.count(token), int(passes))
+        FilledText(session.text(row[len(given) : length]), row[:length].tolist(), template.count(token), int(passes))
         for row, length, passes, template in zip(found.tokens, found.lengths, found.passes, written, strict=True)
     ]
 
 
-def with_mask_token(session: Session, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of decoding with the id of the mask token: of its name, or where none is given, that which the run, or
-    its draft, was trained with.
+def decided(
+    method: str,
+    options: Mapping[str, Any],
+    data: Mapping[str, Any],
+    draft: Mapping[str, Any] | None = None,
+    heads: int | None = None,
+) -> dict[str, Any]:
+    """The options of decoding, with those that the runs decide where they are not given: the mask token, and how many
+    tokens are guessed at once.
 
-    Raises KeyError for an unknown name.
+    data, draft: what the `data.json` of the run says, and that of its draft. heads: Chimera heads of the run's model.
+    Raises ValueError for more placeholders than the run learned to fill.
     """
-    token = options.get("mask_token")
-    if isinstance(token, str):
-        token = session.vocabulary.special(token)
-    draft = {} if session.draft is None else session.draft.data
-    filling = {"lexical_units": session.data, "mask_block": draft}
-    for name in (method, options.get("proposer", "none")):
-        masks = Masks.of_run(filling.get(name, {}))
-        if token is None and masks is not None and masks.objective == name:
-            token = masks.mask_token
-    return dict(options) if token is None else {**options, "mask_token": token}
+    proposer, told = options.get("proposer", "none"), dict(options)
+    if proposer == "chimera" and heads:
+        told.setdefault("guesses", heads)
+    for name, filling in (("lexical_units", data), ("mask_block", draft or {})):
+        masks = Masks.of_run(filling)
+        if name not in (method, proposer) or masks is None or masks.objective != name:
+            continue
+        told.setdefault("mask_token", masks.mask_token)
+        # Of a unit the first target is predicted from a token, not from a mask.
+        most = (masks.block or 1) - (name == "lexical_units")
+        if told.setdefault("guesses", most) > most and name == "lexical_units":
+            raise ValueError(
+                f"guesses={told['guesses']}: the run learned to fill {most} placeholders in a row (train.block="
+                f"{masks.block}); set guesses={most}, or fewer"
+            )
+    return told
 
 
 def blank(session: Session, mask_token: int | str | None = None) -> int:
@@ -91,6 +105,7 @@ def blank(session: Session, mask_token: int | str | None = None) -> int:
     if isinstance(mask_token, str):
         return session.vocabulary.special(mask_token)
     if mask_token is not None:
+        check_tokens("mask_token", [[mask_token]], session.config.vocab_size)
         return mask_token
     masks = Masks.of_run(session.data)
     if masks is None or masks.objective != "any_order":

@@ -30,7 +30,7 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
-class Filled:
+class FilledText:
     """text: the template with its blanks filled. tokens: all, EOS included. blanks: how many there were. passes: of the
     decoder, at most one a blank.
     """

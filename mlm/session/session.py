@@ -27,7 +27,7 @@ from mlm.models.transformer import Transformer
 from mlm.registry import nearest
 from mlm.session.language_control import against, by_language, token_counts
 from mlm.session.reading import Reader
-from mlm.session.records import Asked, Filled, Hypothesis, Ranked, Source
+from mlm.session.records import Asked, FilledText, Hypothesis, Ranked, Source
 from mlm.trees import count
 from mlm.types import EOS_ID, Params
 
@@ -228,7 +228,7 @@ class Session(Reader):
         mask_token: int | str | None = None,
         ids: Sequence[int] | None = None,
         **options: Any,
-    ) -> list[Filled]:
+    ) -> list[FilledText]:
         """Templates with a token in place of each blank, by a run that learned to write in any order (train.any_order).
 
             run.fill("Le <extra_id_0><extra_id_0> dort.", "The cat sleeps.", to="fr")[0].text
@@ -487,10 +487,13 @@ class Session(Reader):
 
     def generator(self, method: str, options: Mapping[str, Any], start: int | None = None) -> Generator:
         """start: what the decoder reads first, where not the model's own. Raises ValueError for an encoder alone."""
-        from mlm.session.masks import with_mask_token
+        from mlm.session.masks import decided
         from mlm.session.phrases import spellings
 
-        options = with_mask_token(self, method, options)
+        heads = None if self.config.chimera is None else self.config.chimera.heads
+        options = decided(method, options, self.data, None if self.draft is None else self.draft.data, heads)
+        if isinstance(name := options.get("mask_token"), str):
+            options["mask_token"] = self.vocabulary.special(name)
         told = {name: spellings(self.vocabulary, name, options[name]) for name in PHRASES if name in options}
         try:
             config = DecodeConfig(**{"method": method, "max_length": self.data["targets_length"], **options, **told})

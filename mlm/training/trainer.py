@@ -26,7 +26,7 @@ from mlm.registry import nearest
 from mlm.training.optimizers import freezing, state_axes
 from mlm.training.routing import rebalanced, with_positions, with_routing
 from mlm.training.state import TrainState, init_state
-from mlm.training.step import Metrics, Prepare, evaluation_step, train_step
+from mlm.training.step import Prepare, evaluation_step, train_step
 from mlm.training.units import unit_masking
 from mlm.types import Batch, Hidden, Params, PyTree
 
@@ -75,7 +75,7 @@ class TrainConfig:
             raise ValueError(
                 f"objective={self.objective!r} and any_order both say which targets are masked: keep one of them"
             )
-        if self.objective == "chimera" and self.any_order is not None:
+        if self.trains_heads and self.any_order is not None:
             raise ValueError("objective='chimera' trains heads that guess from left to right: leave any_order out")
         if (self.block is not None, self.mask_token is not None) != (masking, masking):
             raise ValueError(
@@ -96,6 +96,11 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.ema_decay={self.ema_decay} must be in [0, 1); T5 runs use 0, EMA runs 0.999")
         if self.on_nonfinite not in NONFINITE:
             raise ValueError(f"TrainConfig.on_nonfinite={self.on_nonfinite!r}: {nearest(self.on_nonfinite, NONFINITE)}")
+
+    @property
+    def trains_heads(self) -> bool:
+        """Whether the Chimera heads alone learn."""
+        return self.objective == "chimera"
 
     @property
     def masks(self) -> dict[str, Any] | None:
@@ -128,10 +133,9 @@ class Trainer:
         several = mesh if mesh.size > 1 else None
         loss_fn, prepare = make_loss(self.model, train, languages, several), _masking(self.model, train, several)
         self.optimizer = optimizer(self.model.axes(), self.model.shapes())
-        adjust: Callable[[Params, Metrics], Params] = partial(rebalanced, self.model)
-        if train.objective == "chimera":
-            self.optimizer = freezing(self.optimizer, self.model.shapes(), [r"(?!chimera/).*"])
-            adjust = lambda params, metrics: params  # noqa: E731
+        adjust: dict[str, Any] = {"adjust": partial(rebalanced, self.model)}
+        if train.trains_heads:
+            self.optimizer, adjust = freezing(self.optimizer, self.model.shapes(), [r"(?!chimera/).*"]), {}
         self._key = jax.random.key(train.seed)
 
         self.abstract = abstract_state(self.model, self.optimizer, mesh, ema=train.ema_decay > 0)
@@ -144,7 +148,7 @@ class Trainer:
             key=self._key,
             microbatches=train.microbatches,
             ema_decay=train.ema_decay,
-            adjust=adjust,
+            **adjust,
             prepare=prepare,
         )
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, scalar))
@@ -229,12 +233,12 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
     objective = OBJECTIVES[config.objective]
     if model.config.decoder is None:
         raise ValueError(f"objective {config.objective!r} predicts decoder targets, and this model has no decoder")
-    if config.objective == "chimera" and model.config.chimera is None:
+    if config.trains_heads and model.config.chimera is None:
         raise ValueError(
             "objective='chimera' trains heads that this model has not: set preset.chimera=@chimera(), as "
             "gin/objectives/chimera.gin does"
         )
-    if config.objective != "chimera" and model.config.chimera is not None:
+    if not config.trains_heads and model.config.chimera is not None:
         raise ValueError(
             f"objective={config.objective!r} moves the states that the model's chimera heads read, and does not train "
             "them: leave preset.chimera out, and train heads on the run when it is complete (objective='chimera')"
@@ -281,4 +285,4 @@ def make_loss(model: Transformer, config: TrainConfig, languages: int, mesh: Mes
         error = jnp.mean(jnp.square(drafted.states.astype(jnp.float32) - hidden.astype(jnp.float32)), axis=-1)
         return chimera(heads, error, weights)
 
-    return loss_of_heads if config.objective == "chimera" else loss_of
+    return loss_of_heads if config.trains_heads else loss_of

@@ -190,9 +190,9 @@ def test_the_objective_of_masked_blocks_asks_for_its_mask():
 
 def test_the_objective_of_lexical_units_asks_for_its_mask():
     files = [RUN, "gin/objectives/lexical_units.gin"]
-    with pytest.raises(UsageError, match=r"required, but not set: train\.mask_token"):
+    with pytest.raises(UsageError, match=r"required, but not set: .*train\.mask_token"):
         configuration.resolve(files, [])
-    made = plan(*files, overrides=("train.mask_token=8100", "train.unit_threshold=0.8"))
+    made = plan(*files, overrides=("train.mask_token=8100", "train.unit_threshold=0.8", "run.initial='runs/base'"))
     assert (made.train.objective, made.train.block, made.train.unit_threshold) == ("lexical_units", 9, 0.8)
 
 

@@ -224,6 +224,8 @@ def test_grids_are_products_and_defaults_come_first():
     assert [dict(s.options) for s in found_units] == [{"mask_token": 9, "threshold": 0.5}, {"mask_token": 9}]
     with pytest.raises(UsageError, match="lexical_units: mask_token=None must be"):
         settings("lexical_units", [])
+    decided = settings("lexical_units", [{"threshold": (0.5,)}], lambda method, options: {"mask_token": 9, **options})
+    assert [dict(s.options) for s in decided] == [{}, {"threshold": 0.5}]
     assert not found[0].draws
     assert Setting("sample", {}).draws
     assert tried({"beam": [{"beams": (1, 2)}, {"beams": (4,)}]}) == {("beam", "beams"): (1, 2, 4)}

@@ -319,15 +319,17 @@ def test_heads_are_trained_on_a_run_and_guess_for_it(finished, train, tmp_path, 
     last = read_metrics(run_dir)[-2]
     assert {"nll", "nll_head_1", "nll_head_2", "accuracy_head_2", "state_error"} <= set(last)
     texts = []
-    for asked in ([finished], [run_dir, "--proposer=chimera", "--guesses=2"]):
+    for asked in ([finished], [run_dir, "--proposer=chimera", "--guesses=1"], [run_dir, "--proposer=chimera"]):
         assert main(["generate", "Bonjour", f"--run_dir={asked[0]}", *asked[1:], "--max_length=8"]) == 0
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
     again, screen = train(tmp_path / "again", *HEADS, "--set", f"run.initial={run_dir}")
     assert (again, "fresh" in screen) == (0, False)
     code, screen = train(tmp_path / "other", "--set", f"run.initial={run_dir}")
     assert code == 2
-    assert "holds another model" in screen
+    assert "has chimera heads, which only objective='chimera' trains" in one_line(screen)
+    assert main(["experts", "upcycle", str(run_dir), str(tmp_path / "sparse"), "--experts=2"]) == 2
+    assert "has chimera heads" in one_line(capsys.readouterr().err)
     assert main(["convert", "to-hf", str(run_dir), str(tmp_path / "hf")]) == 1
     assert "no place for the chimera heads" in capsys.readouterr().err
 

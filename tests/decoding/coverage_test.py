@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.generate import Generator
@@ -61,6 +62,16 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny, sources):
         alone = tiny.decode(config, [sources[i]])
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
         np.testing.assert_allclose(alone.scores[0], together.scores[i], rtol=1e-5)
+
+
+def test_eight_devices_find_what_one_finds(tiny, sources):
+    config = DecodeConfig(method="beam", coverage=1.0, max_length=7)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = Generator(tiny.model, config, rows=NamedSharding(mesh, PartitionSpec("data")))
+    found = spread(jax.device_put(tiny.params, NamedSharding(mesh, PartitionSpec())), sources, prompts=PROMPTS)
+    alone = tiny.decode(config, sources, prompts=PROMPTS)
+    np.testing.assert_array_equal(found.tokens, alone.tokens)
+    np.testing.assert_allclose(found.scores, alone.scores, rtol=1e-4)
 
 
 def test_an_ensemble_of_one_model_twice_is_that_model(tiny, sources):

@@ -2,14 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import pytest
 
 import mlm
+from mlm.checkpoints import CheckpointConfig, Checkpointer
 from mlm.checkpoints.run_directory import RunDirectory
 from mlm.cli.main import main
 from mlm.decoding.any_subset import Filler
+from mlm.models.config import to_json
+from mlm.models.families import llama_style
+from mlm.models.specs import PositionSpec
+from mlm.models.transformer import Transformer
 
 SOURCES = ["The cat sleeps.", "Good morning"]
 TEMPLATES = ["Le <extra_id_0><extra_id_0>t dort.", "Bon<extra_id_0>"]
@@ -22,7 +28,7 @@ def learned(tiny_run, tmp_path_factory):
     def make(objective):
         run = RunDirectory(shutil.copytree(tiny_run, tmp_path_factory.mktemp("learned") / objective))
         token = mlm.load(tiny_run, devices=jax.devices()[:1]).vocabulary.special("<extra_id_0>")
-        block = {"block": 3} if objective == "mask_block" else {}
+        block = {"mask_block": {"block": 3}, "lexical_units": {"block": 4}}.get(objective, {})
         masks = {"objective": objective, "mask_token": token, **block}
         run.write_json("data.json", {**run.read_json("data.json"), "masks": masks})
         return str(run.path)
@@ -87,6 +93,7 @@ def test_a_run_that_does_not_say_is_asked_by_name(tiny_run, session):
     ("template", "options", "message"),
     [
         ("Le chat dort.", {}, "template 0 holds no blank: 'Le chat dort.'; write <extra_id_0> for each"),
+        (TEMPLATES[0], {"mask_token": 10**6}, "mask_token 0 has the id 1000000"),
         ("<extra_id_0>" * 24, {}, "template 0 has 25 tokens, and the model writes at most 24"),
         (TEMPLATES[0], {"mask_token": "<extra_id_100>"}, "has no special token '<extra_id_100>'"),
         (TEMPLATES[0], {"blok": 3}, "no option 'blok' of filling; did you mean 'block'"),
@@ -109,9 +116,53 @@ def test_a_drafter_of_blocks_brings_its_mask_token(learned, tiny_run, capsys):
         options = {"proposer": "mask_block", "guesses": 3, **given}
         assert run.generate(SOURCES, "fr", **options) == plain
         assert run.generator("greedy", options).config.mask_token == token
-    command = ["generate", SOURCES[0], "--run_dir", str(tiny_run), "--to", "fr", "--draft", drafter, "--guesses", "3"]
+    assert run.generator("greedy", {"proposer": "mask_block"}).config.guesses == 3  # as many as it learned to fill
+    command = ["generate", SOURCES[0], "--run_dir", str(tiny_run), "--to", "fr", "--draft", drafter]
     assert main(command) == 0
     assert capsys.readouterr().out.rstrip("\n") == plain[0]
+    assert main([*command, "--mask_token", "<extra_id_0>"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == plain[0]
+
+
+def test_filling_takes_no_other_models(any_order, capsys):
+    command = ["fill", TEMPLATES[0], "--source", SOURCES[0], "--run_dir", any_order]
+    for name in ("draft", "contrast", "ensemble", "ngram_text"):
+        assert main([*command, f"--{name}", "other"]) == 2
+        assert f"--{name} means nothing to filling" in capsys.readouterr().err
+
+
+def test_a_decoder_alone_fills_without_sources(tiny_run, tmp_path):
+    vocabulary = mlm.load(tiny_run, devices=jax.devices()[:1]).vocabulary
+    rope = PositionSpec(kind="rope")
+    size = {"vocab_size": vocabulary.vocab_size, "d_model": 16, "d_ff": 16, "heads": 2, "kv_heads": 1, "layers": 1}
+    model = Transformer(llama_style(rope=rope, **size))
+    run = RunDirectory(shutil.copytree(tiny_run, tmp_path / "alone", ignore=shutil.ignore_patterns("checkpoints")))
+    run.write_json("model.json", to_json(model.config))
+    masks = {"objective": "any_order", "mask_token": vocabulary.special("<extra_id_0>")}
+    run.write_json("data.json", {**run.read_json("data.json"), "masks": masks})
+    with Checkpointer(str(run.checkpoints), CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, {"params": model.init(jax.random.key(3))})
+    session = mlm.load(run.path, devices=jax.devices()[:1], batch_size=4)
+    (found,) = session.fill(TEMPLATES[0], to="fr")
+    given = session.frame("fr").before
+    written = [*given, *vocabulary.encode_prompt(TEMPLATES[0]), 1]
+    want = Filler(session.model, mask_token=masks["mask_token"])(session.params, [written])
+    assert found.tokens == want.tokens[0, : want.lengths[0]].tolist()
+    assert found.text == session.text(found.tokens[len(given) :])
+    with pytest.raises(ValueError, match="a decoder alone takes none"):
+        session.fill(TEMPLATES[0], SOURCES[0])
+
+
+def test_heads_on_a_run_keep_what_it_says_of_masks(any_order, tmp_path):
+    from mlm.cli.train import Plan, _masks
+    from mlm.training.trainer import TrainConfig
+
+    said = RunDirectory(any_order).read_json("data.json")["masks"]
+    train = TrainConfig(steps=1, objective="chimera")
+    plan = Plan(model=None, data=None, train=train, optimizer=None, schedule=None, run_dir="", initial=any_order)
+    assert _masks(plan, RunDirectory(tmp_path / "new")) == said
+    assert _masks(plan, RunDirectory(any_order)) == said  # when it goes on
+    assert _masks(replace(plan, train=TrainConfig(steps=1)), RunDirectory(tmp_path / "new")) is None
 
 
 def test_a_run_of_lexical_units_brings_its_mask_token(learned, capsys):
@@ -121,6 +172,9 @@ def test_a_run_of_lexical_units_brings_its_mask_token(learned, capsys):
     options = {"guesses": 3, "threshold": 0.01}
     assert run.generator("lexical_units", options).config.mask_token == token
     (want,) = run.generate(SOURCES[:1], "fr", "lexical_units", mask_token=token, **options)
+    assert run.generator("lexical_units", {}).config.guesses == 3
+    with pytest.raises(ValueError, match=r"guesses=4: the run learned to fill 3 placeholders in a row \(train.block=4"):
+        run.generator("lexical_units", {"guesses": 4})
     command = ["generate", SOURCES[0], "--run_dir", path, "--to", "fr", "--method", "lexical_units"]
     assert main([*command, "--guesses", "3", "--threshold", "0.01"]) == 0
     assert capsys.readouterr().out.rstrip("\n") == want
