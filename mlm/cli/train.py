@@ -152,7 +152,7 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
     from mlm.data.pipeline import BatchIterator
     from mlm.data.prefetch import Prefetcher
     from mlm.data.registration import load_tasks
-    from mlm.models.flops import heads_flops, training_flops
+    from mlm.models.flops import heads_flops, training_flops, units_flops
     from mlm.parallel import data_layout, describe, make_mesh
     from mlm.parallel.peaks import peak_flops
     from mlm.training.loop import fit
@@ -199,7 +199,8 @@ def pretrain(plan: Plan, config_text: str, *, dry_run: bool = False) -> int:
         _describe_run(plan, directory, trainer, rows, config_text, start)
 
     if start < plan.train.steps:
-        flops = heads_flops if plan.train.trains_heads else training_flops
+        counts = {"chimera": heads_flops, "lexical_units": units_flops}
+        flops = counts.get(plan.train.objective, training_flops)
         codes = [language.code or "-" for language in LANGUAGES]
         with (
             MetricWriter(directory.path, codes, start) as writer,

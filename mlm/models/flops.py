@@ -41,11 +41,16 @@ def heads_flops(config: ModelConfig, rows: int, source: int, target: int) -> flo
     spec, width = config.chimera, config.d_model
     assert spec is not None
     places, inner = spec.heads * target, spec.attention_heads * spec.head_dim
-    model = (training_flops(config, 1, source, target) - 6.0 * _head(config) * target) / 3.0
+    model = (training_flops(config, rows, source, target) - rows * 6.0 * _head(config) * target) / 3.0
     weights = 12 * width**2 * target + 2 * width * inner * target  # trigrams; keys and values of states
     weights += (4 * width * inner + 3 * width * spec.d_ff + 2 * width**2) * places
     pairs = spec.heads * _pairs(target, None, True)
-    return rows * (model + 6.0 * weights + 12.0 * inner * pairs + 4.0 * _head(config) * places)
+    return model + rows * (6.0 * weights + 12.0 * inner * pairs + 4.0 * _head(config) * places)
+
+
+def units_flops(config: ModelConfig, rows: int, source: int, target: int) -> float:
+    """FLOPs of a step that finds lexical units first: one pass forward more, a third of what `training_flops` counts."""
+    return training_flops(config, rows, source, target) * 4.0 / 3.0
 
 
 def _head(config: ModelConfig) -> float:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mlm.models.flops import heads_flops, idle_parameters, training_flops
+from mlm.models.flops import heads_flops, idle_parameters, training_flops, units_flops
 from mlm.models.presets import preset
-from mlm.models.specs import ChimeraSpec
+from mlm.models.specs import ChimeraSpec, PositionSpec, SeqPESpec
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,19 @@ def test_heads_cost_themselves_and_a_pass_of_the_model():
     model = (training_flops(config, 1, 512, 114) - 6 * head * 114) / 3
     assert heads_flops(config, 2, 512, 114) == pytest.approx(2 * (model + own))
     assert training_flops(config, 1, 512, 114) == training_flops(preset("t5_1_1_small"), 1, 512, 114)
+
+
+def test_a_step_that_finds_units_runs_forward_twice():
+    """2 FLOPs a weight and position more beside 6."""
+    config = preset("t5_1_1_small")
+    assert units_flops(config, 2, 512, 114) == pytest.approx(8 / 6 * training_flops(config, 2, 512, 114))
+
+
+def test_a_reader_of_positions_works_once_also_where_heads_learn():
+    position = PositionSpec(kind="seqpe", seqpe=SeqPESpec(width=16, heads=2, digits=3, trained=64))
+    config = preset("tiny", position=position)
+    heads = preset("tiny", position=position, chimera=ChimeraSpec(heads=1, attention_heads=2, head_dim=8, d_ff=16))
+    one, two, three = (heads_flops(heads, rows, 64, 32) for rows in (1, 2, 3))
+    assert two - one == pytest.approx(three - two)
+    once = training_flops(config, 1, 64, 32) - (training_flops(config, 2, 64, 32) - training_flops(config, 1, 64, 32))
+    assert 2 * one - two == pytest.approx(once / 3)

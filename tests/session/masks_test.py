@@ -93,7 +93,7 @@ def test_a_run_that_does_not_say_is_asked_by_name(tiny_run, session):
     ("template", "options", "message"),
     [
         ("Le chat dort.", {}, "template 0 holds no blank: 'Le chat dort.'; write <extra_id_0> for each"),
-        (TEMPLATES[0], {"mask_token": 10**6}, "mask_token 0 has the id 1000000"),
+        (TEMPLATES[0], {"mask_token": 10**6}, "mask_token 0 holds token 1000000, outside"),
         ("<extra_id_0>" * 24, {}, "template 0 has 25 tokens, and the model writes at most 24"),
         (TEMPLATES[0], {"mask_token": "<extra_id_100>"}, "has no special token '<extra_id_100>'"),
         (TEMPLATES[0], {"blok": 3}, "no option 'blok' of filling; did you mean 'block'"),
@@ -159,7 +159,7 @@ def test_heads_on_a_run_keep_what_it_says_of_masks(any_order, tmp_path):
 
     said = RunDirectory(any_order).read_json("data.json")["masks"]
     train = TrainConfig(steps=1, objective="chimera")
-    plan = Plan(model=None, data=None, train=train, optimizer=None, schedule=None, run_dir="", initial=any_order)
+    plan = Plan(model=None, data=None, train=train, optimizer=print, schedule=print, run_dir="", initial=any_order)
     assert _masks(plan, RunDirectory(tmp_path / "new")) == said
     assert _masks(plan, RunDirectory(any_order)) == said  # when it goes on
     assert _masks(replace(plan, train=TrainConfig(steps=1)), RunDirectory(tmp_path / "new")) is None
