@@ -49,7 +49,7 @@ def heads_flops(config: ModelConfig, rows: int, source: int, target: int) -> flo
 
 
 def units_flops(config: ModelConfig, rows: int, source: int, target: int) -> float:
-    """FLOPs of a step that finds lexical units first: one pass forward more, a third of what `training_flops` counts."""
+    """FLOPs of a step that finds lexical units first: one pass forward more, a third of the others."""
     return training_flops(config, rows, source, target) * 4.0 / 3.0
 
 
