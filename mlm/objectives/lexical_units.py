@@ -29,11 +29,11 @@ FLAGS = "decoder_placeholders"
 
 def lexical_units(hidden: Hidden, kernel: Float[Array, "D V"], batch: Batch, **options: Any) -> Loss:
     """`text_to_text` of a batch that `with_units` has prepared. One metric more, placeholders: the share of the targets
-    that are predicted from a mask token.
+    that are predicted from a mask token; 0 of any other batch.
     """
-    loss = text_to_text(hidden, kernel, batch, **options)
-    share = jnp.sum(batch["decoder_loss_weights"] * batch[FLAGS]), loss.weight
-    return loss._replace(metrics={**loss.metrics, "placeholders": share})
+    loss, weights = text_to_text(hidden, kernel, batch, **options), batch["decoder_loss_weights"]
+    masked = jnp.sum(weights * batch[FLAGS]) if FLAGS in batch else jnp.zeros(())
+    return loss._replace(metrics={**loss.metrics, "placeholders": (masked, loss.weight)})
 
 
 def with_units(
