@@ -1,9 +1,10 @@
 """`mlm decode list`: every way to decode, by what it does: methods, processors of the logits, proposers of guesses,
-postprocessors of the results, rules for labels.
+postprocessors of the results, what fills blanks, rules for labels.
 """
 
 import argparse
 import dataclasses
+import inspect
 import json
 import textwrap
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from mlm.cli import screen
 
 WIDTH = 78  # characters of the second column
+FILLS = "blanks in any order, several for two passes, by a run trained with any_order (ASSD, Guo & Ermon 2025)"
 
 
 def run(arguments: list[str]) -> None:
@@ -39,6 +41,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _records() -> list[dict[str, Any]]:
     """What is registered: kind, name, options with their defaults, methods that take it, one line and the paper."""
+    from mlm.decoding.any_subset import Filler
     from mlm.decoding.config import ALWAYS, METHODS, DecodeConfig
     from mlm.decoding.processors import PROCESSORS
     from mlm.decoding.proposers import PROPOSERS
@@ -46,6 +49,8 @@ def _records() -> list[dict[str, Any]]:
     from mlm.session.choosing import POSTPROCESSORS
 
     defaults = {field.name: field.default for field in dataclasses.fields(DecodeConfig)}
+    asks = inspect.signature(Filler).parameters
+    filling = {name: asks[name].default for name in ("block", "temperature", "seed")}
     asked = {method: {*ALWAYS, *METHODS[method].options} for method in METHODS}
     shared = [option for option in ALWAYS if option != "method"]
 
@@ -74,6 +79,7 @@ def _records() -> list[dict[str, Any]]:
             )
             for name, p in POSTPROCESSORS.items()
         ),
+        described("filler", "any_subset", filling, [], FILLS),
         *(described("tree_rule", name, rule.options, [], rule.summary) for name, rule in RULES.items()),
     ]
 
@@ -95,6 +101,7 @@ def _print(records: list[dict[str, Any]]) -> None:
         "processor": ("processors: NAME=VALUE, any of those that the method takes", _takers),
         "proposer": ("proposers: proposer=NAME, one of; the text stays the same", _takers),
         "postprocessor": ("postprocessors: choose=NAME, one of; n_best results, one is kept", _takers),
+        "filler": ("filling blanks: mlm fill, Session.fill", _options),
         "tree_rule": ("rules for trees of labels, in Python: mlm.evaluation.hierarchy.RULES", _options),
     }
     for kind, (title, details) in kinds.items():

@@ -14,6 +14,7 @@ KINDS = {
     "processor": PROCESSORS,
     "proposer": PROPOSERS,
     "postprocessor": POSTPROCESSORS,
+    "filler": ("any_subset",),
     "tree_rule": RULES,
 }
 
@@ -48,6 +49,7 @@ def test_a_record_says_what_may_be_given_to_what(capsys):
         "seed": 0,
     }
     assert found["postprocessor", "mbr"]["methods"] == [name for name, m in METHODS.items() if "n_best" in m.options]
+    assert found["filler", "any_subset"]["options"] == {"block": 8, "temperature": 1.0, "seed": 0}
     assert found["postprocessor", "energy"]["methods"] == ["sample"]
     for record in records:
         assert record["summary"]
