@@ -115,6 +115,10 @@ def main():
     )
     sources, targets = lines(options.lines, np.random.default_rng(2))
     width = LENGTH + 1
+
+    def speaker(name):
+        return models["chimera" if name == "chimera" else "model"]
+
     generators = {"none": Generator(model, DecodeConfig(max_length=width))}
     drafts = {
         name: models["mask_block" if way["proposer"] == "mask_block" else "draft_model"]
@@ -123,13 +127,11 @@ def main():
     }
     for name, way in WAYS.items():
         draft = drafts[name][0] if name in drafts else None
-        own = models["chimera"][0] if name == "chimera" else model
-        generators[name] = Generator(own, DecodeConfig(max_length=width, **way), draft=draft)
+        generators[name] = Generator(speaker(name)[0], DecodeConfig(max_length=width, **way), draft=draft)
 
     def correct(name):
         extra = {"draft": drafts[name][1]} if name in drafts else {}
-        own = models["chimera"][1] if name == "chimera" else params
-        return [generators[name](own, [source], **extra) for source in sources]
+        return [generators[name](speaker(name)[1], [source], **extra) for source in sources]
 
     found = {name: correct(name) for name in generators}
     written = {name: np.stack([one.tokens[0, 0] for one in results]) for name, results in found.items()}

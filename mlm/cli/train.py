@@ -297,21 +297,27 @@ def _command() -> list[str]:
     return [shlex.quote(argument) for argument in sys.argv[2:]]
 
 
+def _origin(plan: Plan, directory: Any) -> Any:
+    """The run that this start goes on from: itself, once it has a checkpoint, or `initial`; None: neither."""
+    from mlm.checkpoints import Checkpointer
+    from mlm.checkpoints.run_directory import RunDirectory
+
+    if Checkpointer(str(directory.checkpoints), read_only=True).latest():
+        return directory
+    return None if plan.initial is None else RunDirectory(plan.initial)
+
+
 def _data_of_the_run(plan: Plan, directory: Any) -> Any:
     """The data config with what belongs to the run: the vocabulary file in its directory, copied there by the first
     start, and the template, at first that of the run `initial`.
 
     A run that already has a vocabulary must be continued with the same: raises ValueError naming both hashes.
     """
-    from mlm.checkpoints import Checkpointer
-    from mlm.checkpoints.run_directory import RunDirectory
     from mlm.data.templates import Template
     from mlm.data.vocabulary import check_same_vocabulary, load_vocabulary
 
-    data = plan.data
-    begun = Checkpointer(str(directory.checkpoints), read_only=True).latest()
-    origin = directory if begun else plan.initial and RunDirectory(plan.initial)
-    if origin:
+    data, origin = plan.data, _origin(plan, directory)
+    if origin is not None:
         data = dataclasses.replace(data, template=Template.of_run(origin.read_json("data.json")))
     configured = data.load_vocabulary()
     own = next((p for p in (directory / "vocabulary.model", directory / "vocabulary.json") if p.exists()), None)
@@ -338,10 +344,7 @@ def _check_warmup(plan: Plan) -> None:
 
 def _check_heads(plan: Plan, directory: Any) -> None:
     """Raises ValueError for heads on a model that nobody has trained: what they are to guess is noise."""
-    from mlm.checkpoints import Checkpointer
-
-    begun = Checkpointer(str(directory.checkpoints), read_only=True).latest()
-    if plan.train.trains_heads and plan.initial is None and not begun:
+    if plan.train.trains_heads and _origin(plan, directory) is None:
         raise ValueError(
             "objective='chimera' trains heads of a model that stays as it is: name its run, with --set "
             "run.initial=runs/base, and its own gin file for the rest"
@@ -447,14 +450,9 @@ def _describe_run(plan: Plan, directory: Any, trainer: Any, rows: Any, config_te
 
 def _masks(plan: Plan, directory: Any) -> dict[str, Any] | None:
     """What the run says of the masks that it fills: heads on a run change nothing of what that has learned."""
-    from mlm.checkpoints.run_directory import RunDirectory
-
     if not plan.train.trains_heads:
         return plan.train.masks
-    begun = (directory / "data.json").exists()
-    return (
-        (directory if begun or plan.initial is None else RunDirectory(plan.initial)).read_json("data.json").get("masks")
-    )
+    return _origin(plan, directory).read_json("data.json").get("masks")
 
 
 def _keep_origin(initial: Path, directory: Any) -> None:

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mlm.decoding.proposers import NoGuesses
 from mlm.decoding.ranking import first_max, top_k
 from mlm.decoding.selectors import by_score, emitted
-from mlm.decoding.state import DEAD, NEG_INF, Choice, Decoded, Extend, Seen, Start, State, recurrences
+from mlm.decoding.state import DEAD, NEG_INF, Choice, Decoded, Extend, NoGuesses, Seen, Start, State, recurrences
 from mlm.models.tree import Tree
 
 

@@ -6,14 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mlm.decoding.state import Extend, Seen, State
+from mlm.decoding.state import Extend, NoGuesses, Seen, State
 from mlm.models.transformer import Transformer
 from mlm.models.tree import Tree, chain
 from mlm.types import PAD_ID, Params, PyTree
 
 
 @dataclass(frozen=True)
-class ChimeraHeads:
+class ChimeraHeads(NoGuesses):
     """What the model's heads (`models.chimera`) guess, one after another, each behind the guesses of those before it,
     by the same search and with the same noise.
 
@@ -26,7 +26,6 @@ class ChimeraHeads:
     params: Params
     cache: PyTree  # of its heads, empty; slots for the guesses beyond the longest row
     width: int = 3
-    lag = 0
 
     @property
     def tree(self) -> Tree:

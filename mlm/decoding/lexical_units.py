@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mlm.decoding.proposers import NoGuesses
 from mlm.decoding.ranking import first_max
 from mlm.decoding.selectors import by_score, emitted
-from mlm.decoding.state import Choice, Decoded, Extend, Start, State, recurrences, token_log_prob
+from mlm.decoding.state import Choice, Decoded, Extend, NoGuesses, Start, State, recurrences, token_log_prob
 from mlm.models.tree import Tree, chain
 from mlm.types import PyTree
 

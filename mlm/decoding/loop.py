@@ -23,8 +23,7 @@ from jaxtyping import Array, Int
 
 from mlm.decoding.config import DecodeConfig
 from mlm.decoding.growth import advance, extension
-from mlm.decoding.proposers import NO_GUESSES
-from mlm.decoding.state import Decoded, Proposer, Seen, Selector, Start, State, Step
+from mlm.decoding.state import NO_GUESSES, Decoded, Proposer, Seen, Selector, Start, State, Step
 from mlm.types import PAD_ID, PyTree
 
 NOTHING: Mapping[str, Array] = MappingProxyType({})

@@ -14,7 +14,19 @@ from jaxtyping import Array, Int
 from mlm.decoding.chimera import ChimeraHeads
 from mlm.decoding.growth import advance, along
 from mlm.decoding.ngrams import Trigrams, successors
-from mlm.decoding.state import NEG_INF, Extend, Proposer, Seen, State, Step, newest, shifted, written
+from mlm.decoding.state import (
+    NEG_INF,
+    NO_GUESSES,
+    Extend,
+    NoGuesses,
+    Proposer,
+    Seen,
+    State,
+    Step,
+    newest,
+    shifted,
+    written,
+)
 from mlm.models.transformer import Transformer
 from mlm.models.tree import Tree, best_first, chain
 from mlm.registry import Registry
@@ -35,30 +47,6 @@ class Inputs(NamedTuple):
     table: Trigrams | None = None
     mask_token: int | None = None
     heads: tuple[Transformer, Params, PyTree] | None = None
-
-
-class NoGuesses:
-    """One token a pass."""
-
-    @property
-    def lag(self) -> int:
-        return 0
-
-    @property
-    def tree(self) -> Tree:
-        return chain(0)
-
-    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"], seen: Seen | None) -> PyTree:
-        return ()
-
-    def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R 0"], PyTree]:
-        return jnp.zeros((state.length.size, 0), jnp.int32), ()
-
-    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"], seen: Seen) -> PyTree:
-        return own
-
-
-NO_GUESSES = NoGuesses()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mlm.models.tree import Tree
+from mlm.models.tree import Tree, chain
 from mlm.types import EOS_ID, PyTree
 
 NEG_INF = -1.0e7  # nats; finite, so that sums of forbidden choices never become NaN
@@ -138,6 +138,30 @@ class Proposer(Protocol):
         """Its own state after the pass, by which every row grew by so many tokens, read at these nodes of the tree.
         seen: what the pass said of every node, arrays [R, W + 1, …].
         """
+
+
+class NoGuesses:
+    """One token a pass."""
+
+    @property
+    def lag(self) -> int:
+        return 0
+
+    @property
+    def tree(self) -> Tree:
+        return chain(0)
+
+    def begin(self, read: Int[Array, "R P"] | None, length: Int[Array, "R"], seen: Seen | None) -> PyTree:
+        return ()
+
+    def propose(self, state: State, extend: Extend) -> tuple[Int[Array, "R 0"], PyTree]:
+        return jnp.zeros((state.length.size, 0), jnp.int32), ()
+
+    def observe(self, own: PyTree, grown: Int[Array, "R"], path: Int[Array, "R N"], seen: Seen) -> PyTree:
+        return own
+
+
+NO_GUESSES = NoGuesses()
 
 
 Processor = Callable[[Float[Array, "R V"], State], Float[Array, "R V"]]

@@ -102,13 +102,16 @@ class Stack:
     def _bind_frame(self, params: Params) -> Any:
         return self._frame.bind({name: p for name, p in params.items() if name not in ("layers", "rest")})
 
-    def enter(self, params: Params, rows: Hidden, positions: Int[Array, "#B T"], its: Pass) -> Hidden:
-        """Rows of the input table as the first layer reads them."""
-        spec, frame = self.config.embedding, self._bind_frame(params)
+    def scaled(self, rows: Hidden) -> Hidden:
+        """Rows of the input table in their size, before positions and a norm."""
+        spec = self.config.embedding
         rows = unit_rows(rows) if spec.fix_norm else rows
         x = rows if spec.gradient == 1.0 else spec.gradient * rows + (1 - spec.gradient) * jax.lax.stop_gradient(rows)
-        if spec.multiply != 1.0:
-            x = x * jnp.asarray(spec.multiply, x.dtype)
+        return x if spec.multiply == 1.0 else x * jnp.asarray(spec.multiply, x.dtype)
+
+    def enter(self, params: Params, rows: Hidden, positions: Int[Array, "#B T"], its: Pass) -> Hidden:
+        """Rows of the input table as the first layer reads them."""
+        spec, frame, x = self.config.embedding, self._bind_frame(params), self.scaled(rows)
         if spec.positions == "learned":
             x = x + frame.absolute[...].astype(x.dtype)[positions + spec.offset]
         elif spec.positions == "sinusoidal":

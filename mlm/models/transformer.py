@@ -356,10 +356,8 @@ class Transformer:
         return self._parts["chimera"].bind(params["chimera"])
 
     def decoder_rows(self, params: Params, tokens: Int[Array, "B T"]) -> Hidden:
-        """Embeddings of what the decoder reads, in the size in which they enter its first layer."""
-        assert self.config.decoder is not None
-        spec, rows = self.config.decoder.embedding, self._rows(params, "decoder", tokens)
-        return (unit_rows(rows) if spec.fix_norm else rows) * jnp.asarray(spec.multiply, rows.dtype)
+        """Embeddings of what the decoder reads, in their size, before positions and a norm."""
+        return self._stacks["decoder"].scaled(self._rows(params, "decoder", tokens))
 
     def unrolled(self, params: Params) -> Params:
         """Parameters for `step` in a loop: without the stacking, whose slices would be copied at every pass."""
